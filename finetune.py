@@ -1,0 +1,47 @@
+"""Fine-tune a language model on conversations, so that it speaks like the person in them.
+
+    python finetune.py
+    python finetune.py --config config/presets/qwen2.5-1.5b-8gb.json --set data.train_file=data/mine/train.jsonl
+
+The same command continues an interrupted run. Every setting lies in the JSON file; see config/README.md.
+"""
+
+import argparse
+from pathlib import Path
+
+from persona.console import colour_wanted, run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("config/default.json"), help="settings (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting")
+    parser.add_argument("--resume", choices=["auto", "never"], default="auto",
+                        help="auto continues an interrupted run; never sets it aside and starts over")  # fmt: skip
+    parser.add_argument("--show", type=int, metavar="N", help="print N examples as the model sees them, and stop")
+    args = parser.parse_args()
+
+    from persona.config import load_config
+
+    config = load_config(args.config, args.set)
+
+    from datetime import date
+
+    from persona.sources import resolve_model
+
+    resolve_model(config.model.name_or_path)  # before transformers is imported: a local model switches the hub off
+
+    from persona.run import finetune, prepare, show_examples
+
+    if args.show is not None:
+        print(show_examples(prepare(config, date.today()), args.show, colour_wanted()))
+        return
+    run = finetune(config, args.resume == "auto", lambda text: print(text, flush=True))
+
+    from persona.curves import draw, read_history
+
+    draw([read_history(run.parent)], run.parent / "loss.png", 0.9)
+
+
+if __name__ == "__main__":
+    run_script(main)

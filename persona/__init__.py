@@ -1,0 +1,1 @@
+"""What the scripts of the persona toolkit share; see CONTRIBUTING.md for the layers."""

@@ -1,0 +1,166 @@
+"""The folders that a run leaves behind: what each is, what the other scripts need of it, and how it is written."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from persona.config import Config, load_config
+from persona.errors import UsageError
+from persona.sources import fingerprint, resolve_model
+from persona.storage import ADAPTER_WEIGHTS, publish, write_json
+
+CARD = "persona.json"
+# What belongs to a tokenizer in a Hugging Face folder; these travel byte for byte, because a tokenizer that is loaded
+# and saved again no longer has the hash by which llama.cpp's converter knows it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class PersonaCard:
+    """What must be the same in training, chat, evaluation and merge."""
+
+    base_name: str
+    base_fingerprint: str
+    """`persona.sources.fingerprint` of the base model's weights."""
+    system_prompt: str | None
+    date: str
+    """Day that a template which writes the date was fixed to, ISO 8601."""
+
+
+def read_card(folder: Path) -> PersonaCard | None:
+    """The card in `folder`, or None when another tool made the folder."""
+    path = folder / CARD
+    return PersonaCard(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def check_base(adapter: Path, base: Path) -> PersonaCard | None:
+    """The card of `adapter`; raises `UsageError` when it was trained on other weights than those in `base`."""
+    card = read_card(adapter)
+    if card is not None and card.base_fingerprint != fingerprint(base):
+        raise UsageError(
+            f"{adapter} was trained on {card.base_name}, but {base} holds other weights. Set model.name_or_path to the "
+            "model it was trained on."
+        )
+    return card
+
+
+def public_name(name: str) -> str:
+    """A model's name without the path on this machine: hub ids and plain names stay, a folder becomes its last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() or "\\" in name else name
+
+
+def kind_of(folder: Path) -> str:
+    """What a path is: `adapter`, `run`, `model`, `checkpoint`, `other` or `missing`."""
+    if not folder.is_dir():
+        return "missing"
+    if (folder / "adapter_config.json").is_file():
+        return "checkpoint" if (folder / "optimizer.safetensors").is_file() else "adapter"
+    config = folder / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        return "run" if "training" in values and "model_type" not in values else "model"
+    return "run" if any(folder.glob("checkpoint-*")) else "other"
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter that `path` names: an adapter or checkpoint itself, or the finished adapter of a run.
+
+    Raises `UsageError` that names what `path` is instead.
+    """
+    kind = kind_of(path)
+    if kind in ("adapter", "checkpoint"):
+        if (path / ADAPTER_WEIGHTS).is_file():
+            return path
+        raise UsageError(f"{path} is an adapter without {ADAPTER_WEIGHTS}; it was not copied completely.")
+    if kind == "run":
+        if kind_of(path / "adapter") == "adapter":
+            return adapter_folder(path / "adapter")
+        raise UsageError(f"{path} is a run that has not finished: run finetune.py again to go on.")
+    says = {
+        "model": "is a whole model, not an adapter",
+        "missing": "does not exist",
+        "other": "is neither an adapter nor the folder of a run",
+    }
+    advice = "Train one with finetune.py, or name the folder of a run (outputs/NAME) or an adapter."
+    raise UsageError(f"{path} {says[kind]}. {advice}")
+
+
+def run_settings(target: str | None, config: Config, overrides: list[str]) -> Config:
+    """The settings that `target` was trained with, changed by `overrides`; `config` where none lie beside it."""
+    if target is None:
+        return config
+    folder = Path(target).expanduser()
+    run = folder if kind_of(folder) == "run" else folder.parent
+    saved = run / "config.json"
+    return load_config(saved, overrides) if kind_of(run) == "run" and saved.is_file() else config
+
+
+def locate(config: Config, target: str | None, base_only: bool) -> tuple[Path, Path | None]:
+    """The folders of base (or merged) model and adapter that `target` means: a run, an adapter, a merged model, a base.
+
+    Without a target it is the adapter of the configured run; with `base_only` the adapter is left out.
+    """
+    if base_only:
+        return resolve_model(config.model.name_or_path), None
+    path = Path(target if target is not None else config.training.output_dir).expanduser()
+    if target is not None and kind_of(path) in ("missing", "model", "other"):
+        return resolve_model(target), None
+    adapter = adapter_folder(path)
+    return resolve_model(config.model.name_or_path), adapter
+
+
+def copy_tokenizer(base: Path, target: Path, chat_template: str) -> None:
+    """The base's tokenizer files byte for byte, and the chat template that was trained."""
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
+    template = target / "chat_template.jinja"
+    template.write_text(chat_template, encoding="utf-8", newline="\n")
+
+
+def write_adapter(run: Path, source: Path, base: Path, chat_template: str, card: PersonaCard, model_card: str) -> Path:
+    """`run/adapter` from the checkpoint `source`, weights byte for byte; it appears complete or not at all."""
+    staging, target = run / ".staging-adapter", run / "adapter"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
+        shutil.copyfile(source / name, staging / name)
+    copy_tokenizer(base, staging, chat_template)
+    write_json(staging / CARD, asdict(card))
+    (staging / "README.md").write_text(model_card, encoding="utf-8", newline="\n")
+    publish(staging, target)
+    return target
+
+
+def model_card(card: PersonaCard, title: str, facts: dict[str, Any], license_note: str) -> str:
+    """A model card in the hub's form: where the model comes from and what it was measured at, no line of the data."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    front = ["---", f"base_model: {json.dumps(card.base_name, ensure_ascii=False)}", "library_name: peft"]
+    front += ["tags:", "- lora", "- persona", "---"]
+    return (
+        "\n".join(front)
+        + f"\n\n# {title}\n\nA LoRA adapter that speaks as a character or writes as an author, trained on top of "
+        f"`{card.base_name}` with the persona toolkit.\n\n| | |\n|---|---|\n{rows}\n\n"
+        "Use it with the system prompt and the chat template that lie beside it: it was trained in exactly that context."
+        f"\n\n{license_note}\n\nWhat it writes is generated by a machine. Say so where you publish it, do not pass it "
+        "off as words of a living person, and make sure you may use the texts it was trained on.\n"
+    )
+
+
+def slug(text: str) -> str:
+    """A name for files made from `text`: letters, digits, dots, dashes and underscores of any script."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "model"

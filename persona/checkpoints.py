@@ -1,0 +1,153 @@
+"""Checkpoints that are complete or absent, and the way back from them.
+
+Everything is written into a staging folder whose name does not begin with `checkpoint-`, flushed to the disk,
+COMPLETE.json with the size and SHA-256 of every file last, and then the folder is renamed. Tensors are safetensors and
+the rest is JSON: there is no pickle, so a checkpoint of somebody else cannot run code.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from persona.errors import EnvironmentFault, UsageError
+from persona.storage import ADAPTER_WEIGHTS, MARKER, fault_in, publish, write_json
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all that the loop knows besides weights, optimizer and random state."""
+
+    step: int = 0
+    """Updates done."""
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations_without_improvement: int = 0
+    base_loss: float | None = None
+    """Held-out loss before the first update."""
+    tokens: int = 0
+    seconds: float = 0.0
+    history_bytes: int = 0
+    """Length of metrics.jsonl; what a crash wrote after it is cut off on resume."""
+
+
+def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
+    """Write the adapter in PEFT's form; `base_name` is what it says it was trained on."""
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS)
+    config: Any = model.peft_config["default"]
+    values = config.to_dict() | {"base_model_name_or_path": base_name, "inference_mode": True}
+    values["target_modules"] = sorted(config.target_modules)  # a set, whose order changes from run to run
+    write_json(folder / "adapter_config.json", values)
+
+
+def load_weights(model: PeftModel, folder: Path) -> None:
+    """Put the adapter weights of `folder` into `model`'s own adapter."""
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+
+
+def save_checkpoint(
+    run: Path, model: PeftModel, optimizer: Any, scheduler: Any, scaler: Any, progress: Progress
+) -> Path:
+    """Write `checkpoint-<step>` in `run`, or nothing of it: `EnvironmentFault` when the disk is full."""
+    folder = run / f"checkpoint-{progress.step}"
+    staging = run / f".staging-{progress.step}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        save_adapter(model, staging, model.peft_config["default"].base_model_name_or_path or "")
+        _save_optimizer(optimizer, staging)
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        save_file(random, staging / "random.safetensors")
+        scaling = scaler.state_dict() if scaler is not None else None
+        write_json(
+            staging / "progress.json",
+            {"progress": asdict(progress), "scheduler": scheduler.state_dict(), "scaler": scaling},
+        )
+        publish(staging, folder, marked=True)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise EnvironmentFault(
+            f"The checkpoint of step {progress.step} could not be written to {run}: {error.strerror or error}. "
+            "Earlier checkpoints are untouched; make space and run the same command again to continue."
+        ) from None
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of `run`, oldest first, complete or not."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of `run`, and why newer ones were passed over.
+
+    Raises `UsageError` when the folder holds checkpoints of another tool.
+    """
+    skipped = []
+    for folder in reversed(checkpoints(run)):
+        if (folder / "trainer_state.json").is_file() and not (folder / MARKER).is_file():
+            raise UsageError(
+                f"{folder} is a checkpoint of another tool (it has trainer_state.json); it cannot be continued here. "
+                "Choose another training.output_dir."
+            )
+        fault = fault_in(folder)
+        if fault is None:
+            return folder, skipped
+        skipped.append(f"{folder.name} passed over: {fault}")
+    return None, skipped
+
+
+def load_checkpoint(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, scaler: Any) -> Progress:
+    """Put weights, optimizer, schedule and random state back as they were when `folder` was written."""
+    load_weights(model, folder)
+    _load_optimizer(optimizer, folder)
+    state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    scheduler.load_state_dict(state["scheduler"])
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
+    random = load_file(folder / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return Progress(**state["progress"])
+
+
+def prune(run: Path, best_step: int | None, keep: int = 2) -> None:
+    """Delete all but the `keep` newest checkpoints and the best; never fewer than two stay, since one may break."""
+    for folder in checkpoints(run)[:-keep]:
+        if folder.name != f"checkpoint-{best_step}":
+            shutil.rmtree(folder)
+
+
+def _save_optimizer(optimizer: Any, folder: Path) -> None:
+    state = optimizer.state_dict()
+    tensors, scalars = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                scalars[f"{index}.{name}"] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    write_json(folder / "optimizer.json", {"param_groups": state["param_groups"], "scalars": scalars})
+
+
+def _load_optimizer(optimizer: Any, folder: Path) -> None:
+    stored = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*load_file(folder / "optimizer.safetensors").items(), *stored["scalars"].items()]:
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})

@@ -1,0 +1,82 @@
+"""What a person sees on the terminal: safe text, aligned tables, colour where it helps, errors without tracebacks."""
+
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable
+
+from persona.errors import PersonaError
+
+# C0 without tab and newline, DEL, C1, and the bidirectional controls: text of others must not steer the terminal.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def safe(text: str) -> str:
+    """`text` with every character that could steer a terminal made visible as an escape."""
+    return _UNSAFE.sub(
+        lambda match: f"\\x{ord(match[0]):02x}" if ord(match[0]) < 256 else f"\\u{ord(match[0]):04x}", text
+    )
+
+
+def excerpt(text: str, width: int = 80) -> str:
+    """One safe line of at most `width` characters, for messages that must not print a whole conversation."""
+    line = safe(" ".join(text.split()))
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def colour_wanted() -> bool:
+    """Whether standard output is a terminal that shows colours (https://no-color.org)."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def green(text: str, wanted: bool) -> str:
+    """`text` in green when `wanted`, otherwise as it is."""
+    return f"\x1b[32m{text}\x1b[0m" if wanted else text
+
+
+def dim(text: str, wanted: bool) -> str:
+    """`text` in grey when `wanted`, otherwise as it is."""
+    return f"\x1b[90m{text}\x1b[0m" if wanted else text
+
+
+def display_width(text: str) -> int:
+    """Columns that `text` takes on a terminal; East Asian wide characters take two (Unicode TR 11)."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Two aligned columns, a name and its value a line."""
+    pairs = list(rows)
+    width = max((display_width(name) for name, _ in pairs), default=0)
+    return "\n".join(f"  {name}{' ' * (width - display_width(name))}  {value}" for name, value in pairs)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `48 s`, `7 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with its code: a `PersonaError`'s own after its message, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # Windows consoles default to a legacy code page
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except PersonaError as error:
+        print(f"{error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `... | head` closed the pipe; the interpreter must not try to flush it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

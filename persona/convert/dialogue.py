@@ -1,0 +1,210 @@
+"""Raw dialogue text, `NAME: line`, `名：「台词」`, or plays with the name alone above the speech, into speeches.
+
+Deciding what is a name is the whole art: a speech may hold colons too, and may hold them at the start of a line.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from persona.console import display_width
+
+MAX_NAME_WIDTH = 30  # columns, so 15 Chinese characters: longer ones are sentences that end in a colon
+MAX_NAME_WORDS = 5  # "Ghost of King Henry VI"
+REGULAR_SHARE = 0.75  # of the lines begin with a name, in a script of one speech a line with some that run over
+_STOP = r":：。！？；!?;…“”\"「」『』<>|{}\[\]【】()（）\n"
+_COMMA = re.compile("[,，、]")  # "Senators, &C" above a speech; before words on the same line it is a sentence
+_HEAD = re.compile(
+    rf"(?P<name>[^\s{_STOP}][^{_STOP}]{{0,60}}?)\s*+(?:[（(](?P<action>[^（）()\n]{{1,60}})[)）]\s*+)?[:：]"
+    r"\s*(?P<text>(?!//).*)"
+)
+_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Capt|Lt|Sgt|Jr|Sr|No|[A-Z])\.")
+_NUMBER = r"(?:\d+|[IVXLC]+|one|two|three|four|five|six|seven|eight|nine|ten)"
+_SCENE = re.compile(
+    r"#{1,6}\s+\S.*|[=\-*_~—]{3,}|\*\s\*\s\*"
+    r"|第[0-9０-９一二三四五六七八九十百千零〇两]+[集幕章场場回话話节節部卷](?:[\s:：、·.，—-].*)?"
+    rf"|(?:act|scene|chapter|episode)\s+{_NUMBER}(?:\s*[.:：,—–-].*|\s+(?:act|scene)\b.*)?",
+    re.IGNORECASE,
+)
+_BRACKETED = re.compile(r"（[^（）]*）|\([^()]*\)|\[[^\[\]]*\]|【[^【】]*】")
+_QUOTES = {"「": "」", "『": "』", "“": "”", '"': '"'}
+_BLANK, _BORDER, _DIRECTION, _LINE = range(4)
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What one speaker says at one place."""
+
+    speaker: str
+    text: str
+    line: int
+    scene: int
+
+
+@dataclass(frozen=True)
+class Script:
+    """The speeches of a file in order, and what was done to get them."""
+
+    speeches: list[Speech]
+    has_borders: bool
+    layout: str
+    repairs: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    narration: int = 0  # lines that belong to no speech
+
+
+@dataclass(frozen=True)
+class _Line:
+    kind: int
+    text: str
+    number: int
+    head: re.Match[str] | None
+    opens_block: bool  # nothing but an empty line, a scene head or a stage direction stands before it
+
+
+def fold_name(name: str) -> str:
+    """The same for spellings of a name that differ in case, spaces or Unicode form."""
+    return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
+
+
+def parse(text: str, characters: Collection[str] = ()) -> Script:
+    """The speeches of `text`; a name in `characters` is a speaker wherever it stands before a colon."""
+    lines = _classify(text)
+    heads = [line for line in lines if line.head]
+    alone = Counter(_name(line) for line in heads if line.opens_block and not _words(line))
+    inline = Counter(_name(line) for line in heads if _words(line) or not line.opens_block)
+    named = {fold_name(character) for character in characters}
+    recurring = {name for name, count in (alone + inline).items() if count > 1} | named
+    speakers = recurring | _guests(lines, recurring)
+    opening = {_name(line) for line in heads if line.opens_block}
+    is_play = alone.total() > sum(count for name, count in inline.items() if name in recurring | opening)
+
+    def begins_speech(line: _Line) -> bool:
+        if line.head is None:
+            return False
+        if is_play:  # verse is full of colons: only what opens a block can be a name
+            return line.opens_block and (not _words(line) or _name(line) in alone)
+        if _COMMA.search(line.head["name"]):
+            return fold_name(line.head["name"]) in named
+        return line.opens_block or _name(line) in speakers
+
+    once = [] if is_play else [line.head["name"] for line in heads if line.head and not begins_speech(line)]
+    return _collect(lines, begins_speech, is_play, once)
+
+
+def _guests(lines: list[_Line], recurring: set[str]) -> set[str]:
+    """Names that stand once and are speakers all the same.
+
+    Where most lines begin with a name, to take a guest's line for the end of the character's speech would teach
+    the character words of others. Among names in capitals one in small letters is a word: "Listen: ...".
+    """
+    heads = [line for line in lines if line.head]
+    if len(heads) < REGULAR_SHARE * sum(line.kind == _LINE for line in lines):
+        return set()
+    known = [line.head["name"] for line in heads if line.head and _name(line) in recurring]
+    capitals = bool(known) and all(name == name.upper() for name in known)
+    names = [line.head["name"] for line in heads if line.head]
+    return {fold_name(name) for name in names if not _COMMA.search(name) and (not capitals or name == name.upper())}
+
+
+def recognise(script: Script, characters: Collection[str]) -> bool:
+    """Whether the text is dialogue at all: someone speaks twice or is named, and most lines belong to a speech."""
+    names = {fold_name(name) for name in characters}
+    spoken = sum(speech.text.count("\n") + 1 for speech in script.speeches)
+    known = any(fold_name(speech.speaker) in names for speech in script.speeches)
+    return (len(script.speeches) >= 2 or known) and spoken >= script.narration
+
+
+def _classify(text: str) -> list[_Line]:
+    lines: list[_Line] = []
+    opens_block = True
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = raw.strip()
+        bare = line.strip("[]【】*").strip() or line
+        if not line:
+            kind = _BLANK
+        elif len(line) <= 80 and (_SCENE.fullmatch(bare) or _SCENE.fullmatch(line)):
+            kind = _BORDER
+        else:
+            kind = _DIRECTION if _BRACKETED.fullmatch(line) else _LINE
+        head = _head(line) if kind == _LINE else None
+        lines.append(_Line(kind, line, number, head, opens_block))
+        opens_block = kind in (_BLANK, _BORDER) or (kind == _DIRECTION and opens_block)
+    return lines
+
+
+def _head(line: str) -> re.Match[str] | None:
+    """The match of a line that may begin a speech: what stands before the colon has the shape of a name."""
+    head = _HEAD.fullmatch(line)
+    if head is None:
+        return None
+    name = head["name"]
+    if len(name.split()) > MAX_NAME_WORDS or display_width(name) > MAX_NAME_WIDTH:
+        return None
+    if "." in _ABBREVIATION.sub("", name) or not any(character.isalpha() for character in name):
+        return None
+    return head
+
+
+def _name(line: _Line) -> str:
+    return fold_name(line.head["name"]) if line.head else ""
+
+
+def _words(line: _Line) -> str:
+    return line.head["text"] if line.head else line.text
+
+
+def _collect(lines: list[_Line], begins_speech: Callable[[_Line], bool], is_play: bool, once: list[str]) -> Script:
+    started: list[tuple[str, int, int, list[str]]] = []  # name, line, scene, lines of words
+    repairs: Counter[str] = Counter()
+    words: list[str] | None = None  # of the speech that the next line may go on
+    scene, narration, after_blank = 0, 0, False
+    for line in lines:
+        if line.kind == _DIRECTION:
+            repairs["stage direction dropped"] += 1
+            continue
+        if line.kind == _BORDER:
+            scene, words = scene + 1, None
+        elif line.head and begins_speech(line):
+            words = [line.head["text"]] if line.head["text"] else []
+            started.append((line.head["name"], line.number, scene, words))
+            repairs["stage direction dropped"] += line.head["action"] is not None
+        elif line.kind == _LINE:
+            if words is None or (after_blank and words):
+                words, narration = None, narration + 1
+            else:
+                words.append(line.text)
+        after_blank = line.kind == _BLANK
+    speeches = [
+        Speech(name, strip_quotes("\n".join(said), repairs), number, part) for name, number, part, said in started
+    ]
+    layout = "names alone on a line, the speech below" if is_play else "lines of the form NAME: words"
+    return Script(speeches, scene > 0, layout, +repairs, _notes(once, narration), narration)
+
+
+def _notes(once: list[str], narration: int) -> list[str]:
+    notes = []
+    if once:
+        names = ", ".join(f'"{name}"' for name in list(dict.fromkeys(once))[:10])
+        notes.append(
+            f"taken as words, not as speakers, for each stands once: {names} (an empty line before makes a speech)"
+        )
+    if narration:
+        notes.append(f"lines that no one speaks, not used: {narration:,} (a speech must not hold empty lines)")
+    return notes
+
+
+def strip_quotes(text: str, repairs: Counter[str]) -> str:
+    """`text` without one pair of quotes around the whole of it."""
+    closing = _QUOTES.get(text[:1])
+    if closing is None or len(text) < 3 or text[-1] != closing:
+        return text
+    depth = 1
+    for character in text[1:-1]:
+        depth += -1 if character == closing else character == text[0]
+        if depth == 0:  # the first quote ends before the text does: there are two of them
+            return text
+    repairs["quotes around a speech removed"] += 1
+    return text[1:-1].strip()

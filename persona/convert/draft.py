@@ -1,0 +1,67 @@
+"""What a family of formats hands to the pipeline: a conversation on its way to a record, or why it is none."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from persona.console import excerpt
+from persona.records import RecordFault
+
+Message = dict[str, str]
+_SMALL = 200  # characters; a longer text beside a conversation is data of its own, not a label
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A conversation with its place in the file; with a `fault` it will be rejected."""
+
+    messages: list[Message]
+    repairs: Counter[str] = field(default_factory=Counter)
+    meta: dict[str, Any] = field(default_factory=dict)
+    group: str = ""  # what may not be torn, within the file; "" for a row by itself
+    line: int = 0
+    path: str = "$"
+    fault: RecordFault | None = None
+    source_text: str = ""  # for the excerpt of a rejection
+    learned: int = 0  # speeches, for formats with named speakers
+    context: int = 0
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One line of rejected.jsonl."""
+
+    file: str
+    line: int
+    path: str
+    code: str
+    reason: str
+    fix: str
+    excerpt: str
+
+    def to_json(self) -> str:
+        """The rejection as one line of JSON."""
+        return json.dumps(vars(self), ensure_ascii=False)
+
+
+def reject(file: str, draft: Draft, fault: RecordFault) -> Rejection:
+    """The rejection of `draft`; a path inside a record is written as a path inside the file."""
+    path = draft.path + fault.path.removeprefix("$")
+    texts = (file, path, fault.code, fault.reason, fault.fix, excerpt(draft.source_text[:1000]))
+    file, path, code, reason, fix, shown = (printable(text) for text in texts)
+    return Rejection(file, draft.line, path, code, reason, fix, shown[:80])
+
+
+def printable(text: str) -> str:
+    """`text` with lone surrogates written as escapes, so that it can be encoded."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def small_extras(row: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """The keys of a row that no format reads, when they are short scalars: `id`, `score`, ..."""
+    return {
+        key: value
+        for key, value in row.items()
+        if key not in known and isinstance(value, str | int | float) and len(str(value)) <= _SMALL
+    }

@@ -1,0 +1,268 @@
+"""The one format on disk: JSONL of {"messages": [...], "meta": {...}}; reading, writing, splitting and weighting it.
+
+Whatever passes here is a conversation that can be trained on, so nothing behind this module checks again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persona.console import excerpt
+from persona.errors import DataError, EnvironmentFault
+
+ROLES = ("system", "user", "assistant")
+MAX_DEPTH = 64  # deeper JSON is an attack or an accident; Python's own limit would end in a RecursionError
+MAX_DIGITS = 1000  # Python refuses to read or print integers of more than 4,300 digits
+SHOWN_FAULTS = 20
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class RecordFault(ValueError):
+    """Why a record cannot be used: a code, the JSON path, what was found, what to write instead."""
+
+    def __init__(self, code: str, path: str, reason: str, fix: str) -> None:
+        super().__init__(f"{path}: {reason}; {fix}")
+        self.code, self.path, self.reason, self.fix = code, path, reason, fix
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation and where it comes from."""
+
+    messages: tuple[dict[str, str], ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def system(self) -> str | None:
+        """The text of the system message, or None."""
+        return self.messages[0]["content"] if self.messages[0]["role"] == "system" else None
+
+    @property
+    def turns(self) -> tuple[dict[str, str], ...]:
+        """The messages without the system message: user and assistant in turn."""
+        return self.messages if self.system is None else self.messages[1:]
+
+    def to_json(self) -> str:
+        """The record as one line of JSON, without the newline."""
+        return json.dumps({"messages": self.messages, "meta": self.meta}, ensure_ascii=False, allow_nan=False)
+
+
+def check_messages(messages: object) -> tuple[dict[str, str], ...]:
+    """`messages` as they are if they form a conversation that can be learned, else a RecordFault."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise RecordFault(
+            "NO_MESSAGES", "$.messages", f"found {_show(messages)}", "write a list of at least a user and an assistant"
+        )
+    checked = tuple(_check_message(message, f"$.messages[{number}]") for number, message in enumerate(messages))
+    first = 1 if checked[0]["role"] == "system" else 0
+    for number, message in enumerate(checked[first:]):
+        wanted = ("user", "assistant")[number % 2]
+        if message["role"] != wanted:
+            path, found = f"$.messages[{first + number}].role", f'found "{message["role"]}" where "{wanted}" must stand'
+            raise RecordFault("ORDER", path, found, "an optional system message, then user and assistant in turn")
+    if checked[-1]["role"] != "assistant":
+        path = f"$.messages[{len(checked) - 1}].role"
+        raise RecordFault(
+            "NO_REPLY", path, f'the last message is from "{checked[-1]["role"]}"', "end with an assistant message"
+        )
+    return checked
+
+
+def _check_message(message: object, path: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise RecordFault("MESSAGE", path, f"found {_show(message)}", 'write {"role": ..., "content": ...}')
+    unknown = sorted(str(key) for key in message.keys() - {"role", "content"})
+    if unknown:
+        raise RecordFault(
+            "UNKNOWN_KEY", path, f'unknown key "{unknown[0]}"', 'only "role" and "content" may stand here'
+        )
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise RecordFault("UNKNOWN_ROLE", f"{path}.role", f"found {_show(role)}", f"write one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise RecordFault("CONTENT", f"{path}.content", f"found {_show(content)}", "write text in quotes")
+    if not content.strip():
+        raise RecordFault("EMPTY", f"{path}.content", "found no text", "write the words, or delete the conversation")
+    if not content.isascii() and SURROGATE.search(content):
+        reason, fix = "half of a character (a lone surrogate)", "export the text again as UTF-8"
+        raise RecordFault("SURROGATE", f"{path}.content", reason, fix)
+    return message
+
+
+def _show(value: object) -> str:
+    return "nothing" if value is None else excerpt(json.dumps(value, ensure_ascii=True, default=str), 40)
+
+
+def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
+    """The JSON value at `start`, where it ends, and what forbids its use (duplicate keys, NaN, depth) or None.
+
+    Broken syntax raises json.JSONDecodeError.
+    """
+    faults: list[str] = []
+    try:
+        value, end = _strict_decoder(faults).raw_decode(text, start)
+    except RecursionError:
+        raise json.JSONDecodeError(f"Nested deeper than {MAX_DEPTH} levels", text, start) from None
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        faults.append(f"it is nested deeper than {MAX_DEPTH} levels")
+    return value, end, faults[0] if faults else None
+
+
+def _strict_decoder(faults: list[str]) -> json.JSONDecoder:
+    """A decoder that notes in `faults` what Python's json module lets pass, and goes on, so that the end is found."""
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+            faults.append(f'the key "{excerpt(key, 40)}" stands {count} times in one object')
+        return found
+
+    def constant(name: str) -> None:
+        faults.append(f"{name} is not JSON")
+
+    def real(digits: str) -> float:
+        if math.isinf(value := float(digits)):
+            faults.append(f"the number {excerpt(digits, 20)} is too large")
+        return value
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            faults.append(f"a number has {len(digits)} digits")
+            return 0
+        return int(digits)
+
+    return json.JSONDecoder(object_pairs_hook=collect, parse_constant=constant, parse_float=real, parse_int=integer)
+
+
+def _deeper_than(value: object, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(level)
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a JSONL file; a DataError names every line that cannot be used."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"{path} {what}. Make it with: python convert_dataset.py INPUT --output {path.parent}")
+    records: list[Record] = []
+    faults: list[str] = []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):  # bytes are split at b"\n" only; U+2028 may stand inside a text
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if not line.strip():
+                continue
+            try:
+                records.append(_record_of(line))
+            except RecordFault as fault:
+                faults.append(f"{path}:{number}  {fault.path}  {fault.reason}; {fault.fix}")
+    if faults:
+        rest = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+        head = f"{path}: {len(faults)} of {len(faults) + len(records)} records cannot be used"
+        raise DataError("\n".join([head, *faults[:SHOWN_FAULTS], *rest]))
+    if not records:
+        raise DataError(f'{path} is empty: it must hold one {{"messages": [...]}} object a line.')
+    return records
+
+
+def _record_of(line: bytes) -> Record:
+    foreign = "if the file comes from elsewhere, run python convert_dataset.py on it"
+    try:
+        text = line.decode("utf-8").strip(" \t\r\n")
+        value, end, fault = scan_json(text)
+    except UnicodeDecodeError as error:
+        raise RecordFault("ENCODING", "$", f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise RecordFault("NOT_JSON", "$", f"not JSON at column {error.colno}: {error.msg}", foreign) from None
+    if end < len(text):
+        raise RecordFault("NOT_JSON", "$", f"more text after column {end}", "write one object a line")
+    if fault:
+        raise RecordFault("UNSAFE_JSON", "$", fault, "write each key once, and plain numbers")
+    if not isinstance(value, dict) or "messages" not in value:
+        raise RecordFault("NO_MESSAGES", "$", f"found {_show(value)}", f'write {{"messages": [...]}}; {foreign}')
+    unknown = sorted(value.keys() - {"messages", "meta"})
+    if unknown:
+        raise RecordFault(
+            "UNKNOWN_KEY", "$", f'unknown key "{excerpt(unknown[0], 40)}"', f"move it into meta; {foreign}"
+        )
+    meta = value.get("meta", {})
+    if not isinstance(meta, dict):
+        raise RecordFault("META", "$.meta", f"found {_show(meta)}", "write an object, or leave it out")
+    record = Record(check_messages(value["messages"]), meta)
+    if SURROGATE.search(record.to_json()):
+        raise RecordFault(
+            "SURROGATE", "$.meta", "half of a character (a lone surrogate)", "export the text again as UTF-8"
+        )
+    return record
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
+    """Write `records` as JSONL; the file is complete or untouched."""
+    write_lines(path, (record.to_json() for record in records))
+
+
+def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
+    """Write a UTF-8 text file in one step: what stands at `path` is the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        fix = "Choose another folder, or free space and permissions."
+        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}. {fix}") from error
+    finally:
+        with suppress(OSError):  # gone after a success; where nothing can be written, nothing can be removed
+            temporary.unlink()
+
+
+def rank(seed: int, key: str) -> str:
+    """A place in a seeded order that depends on the key alone, never on the other keys or their order."""
+    return hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def split_by_group(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training and validation records in their order; `ratio` of the groups go to validation, none is torn."""
+    if not 0 <= ratio < 1:
+        raise ValueError(f"ratio must be at least 0 and less than 1, not {ratio}")
+    groups = [_group_key(record) for record in records]
+    ranked = sorted(set(groups), key=lambda group: rank(seed, group))
+    count = min(max(1, round(ratio * len(ranked))), len(ranked) - 1) if ratio > 0 and len(ranked) > 1 else 0
+    held_out = set(ranked[:count])
+    train = [record for record, group in zip(records, groups, strict=True) if group not in held_out]
+    return train, [record for record, group in zip(records, groups, strict=True) if group in held_out]
+
+
+def _group_key(record: Record) -> str:
+    group = record.meta.get("group")
+    return record.to_json() if group is None else json.dumps(group, sort_keys=True)
+
+
+def repeat_weighted(records: Sequence[Record], weight: float, seed: int) -> list[Record]:
+    """Each record floor(weight) times, and round(fraction * count) of them, chosen by the seed, once more."""
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be a number of at least 0, not {weight}")
+    whole = math.floor(weight)
+    ranked = sorted(range(len(records)), key=lambda index: (rank(seed, records[index].to_json()), index))
+    once_more = set(ranked[: round((weight - whole) * len(records))])
+    return [record for index, record in enumerate(records) for _ in range(whole + (index in once_more))]

@@ -1,0 +1,269 @@
+"""Conversation -> examples in token ids: the one place that decides what the model learns and what chat feeds it.
+
+A reply is learned in exactly the context in which it will be spoken: the prompt is the chat template applied to the
+messages before it, with the generation prompt, and the reply is what the template would write there up to the token
+that ends the turn. Rendering the whole conversation and masking it instead trains on contexts that never occur in chat:
+many templates move the system prompt, rewrite earlier turns, or lack in training text what the generation prompt adds.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from persona.errors import DataError, UsageError
+
+Message = dict[str, str]
+
+# For a base model without a template of its own; {eos} is written by `builtin_template`.
+BUILTIN_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### User:\\n' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ '### Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+# Switches by which templates leave out the thinking block; a template ignores the ones it does not know.
+NO_THINKING = {"enable_thinking": False, "thinking": False}
+_SYSTEM, _QUESTION, _REPLY, _SECOND = "Zsystemz Ztextz", "Zquestionz Zonez", "Zreplyz Ztextz", "Zquestionz Ztwoz"
+_OPEN_THOUGHT = re.compile(r"<([a-z:_]*think[a-z]*)>(?!.*</\1>)", re.DOTALL)
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class Untrainable(DataError):
+    """One conversation that cannot be learned as it is, with the reason."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One reply in its chat context; `reply_ids` ends with the token that ends the turn; all of it is supervised."""
+
+    prompt_ids: tuple[int, ...]
+    reply_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a model's chat template treats a conversation, found by probing it once."""
+
+    tokenizer: Any
+    fold_system: bool
+    """The template has no system role; the system text goes in front of the first user message."""
+    opening: str
+    """Text written after the generation prompt so that the reply follows at once, such as an empty thinking block."""
+    lead: str
+    """White space that the template writes before a reply."""
+    trims: bool
+    """The template strips white space around a reply."""
+    end_text: str
+    """What the template writes after a last reply, up to and including the token that ends the turn."""
+    end_id: int
+    tail: str
+    """End of every prompt, the context in which a reply is tokenized."""
+    control: frozenset[str]
+    """Tokens that steer the model; text of people is never encoded to them."""
+    notes: tuple[str, ...]
+    """What a person should know about this template, one sentence each."""
+
+
+def freeze_date(template: str, day: date) -> str:
+    """`template` with calls of `strftime_now` replaced by `day`, so that training, chat and export agree."""
+    return _NOW.sub(lambda match: repr(day.strftime(match[2])), template)
+
+
+def chat_format(tokenizer: Any) -> ChatFormat:
+    """Probe `tokenizer`'s chat template; raises `UsageError` with the reason when replies cannot be trained exactly."""
+    notes = []
+    fold_system = not _has_system_role(tokenizer)
+    if fold_system:
+        notes.append("the template has no system role: the system prompt goes in front of the first user message")
+    elif injected := _injected_system(tokenizer):
+        notes.append(f"without a system prompt the template writes its own: {injected!r}")
+    lead, opening, tail = _reply_opening(tokenizer, notes)
+    question = {"role": "user", "content": _QUESTION}
+    trims, end_text, end_id = _reply_end(tokenizer, question, notes)
+    control = _control_tokens(tokenizer)
+    return ChatFormat(tokenizer, fold_system, opening, lead, trims, end_text, end_id, tail, control, tuple(notes))
+
+
+def _control_tokens(tokenizer: Any) -> frozenset[str]:
+    # The rule of transformers' sanitize_control_tokens: special tokens, and added ones that the template writes, except
+    # white space (Gemma has "\n\n" among its added tokens)
+    return frozenset(
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or (token.content in tokenizer.chat_template and not token.content.isspace())
+    )
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    """The template's text; raises `UsageError` with the template's own words when it refuses."""
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt, **NO_THINKING
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        roles = " ".join(message["role"] for message in messages)
+        raise UsageError(f"The chat template refuses a conversation of {roles}: {error}") from None
+
+
+def _has_system_role(tokenizer: Any) -> bool:
+    messages = [
+        {"role": "system", "content": _SYSTEM},
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": _REPLY},
+        {"role": "user", "content": _SECOND},
+    ]
+    try:
+        return all(_SYSTEM in _apply(tokenizer, messages[:end], True) for end in (2, 4))
+    except UsageError:
+        return False
+
+
+def _injected_system(tokenizer: Any) -> str | None:
+    question = [{"role": "user", "content": _QUESTION}]
+    with_system = _apply(tokenizer, [{"role": "system", "content": _SYSTEM}, *question], True)
+    without = _apply(tokenizer, question, True)
+    head = with_system.partition(_SYSTEM)[0]
+    tail_of_system = with_system.partition(_SYSTEM)[2].partition(_QUESTION)[0]
+    body, found, _ = without.removeprefix(head).partition(tail_of_system)
+    return body.strip() if without.startswith(head) and found and body.strip() and _QUESTION not in body else None
+
+
+def _reply_opening(tokenizer: Any, notes: list[str]) -> tuple[str, str, str]:
+    """What stands between a prompt and its reply: white space, other text, and the end of the whole prompt."""
+    question = [{"role": "user", "content": _QUESTION}]
+    conversation = [*question, {"role": "assistant", "content": _REPLY}, {"role": "user", "content": _SECOND}]
+    for prompt in (_apply(tokenizer, question, True), _apply(tokenizer, conversation, True)):
+        last = _SECOND if _SECOND in prompt else _QUESTION
+        if last not in prompt or (last == _SECOND and _REPLY not in prompt):
+            raise UsageError("The chat template drops messages of the conversation; replies cannot be trained with it.")
+    if _SECOND not in prompt:
+        raise UsageError("The chat template drops the last user message; replies cannot be trained with it.")
+    prompt = _apply(tokenizer, question, True)
+    before = _apply(tokenizer, [*question, {"role": "assistant", "content": _REPLY}], False).rpartition(_REPLY)[0]
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    lead, opening = ("", between) if between.strip() else (between, "")
+    generation = prompt.rpartition(_QUESTION)[2]
+    if not opening and (thought := _OPEN_THOUGHT.search(generation)):
+        opening = ("" if generation.endswith("\n") else "\n") + f"\n</{thought[1]}>\n\n"
+        notes.append(f"the template opens a <{thought[1]}> block that cannot be switched off: an empty one is written")
+    elif opening:
+        notes.append(f"the reply is opened with {opening!r}, as the template writes it before a reply")
+    return lead, opening, generation + opening
+
+
+def _reply_end(tokenizer: Any, question: Message, notes: list[str]) -> tuple[bool, str, int]:
+    """Whether a reply is stripped, the text that ends it, and the id of the token that ends the turn."""
+    padded = _apply(tokenizer, [question, {"role": "assistant", "content": f"\n {_REPLY} \n"}], False)
+    trims = f"\n {_REPLY} \n" not in padded
+    after = _apply(tokenizer, [question, {"role": "assistant", "content": _REPLY}], False).rpartition(_REPLY)[2]
+    tokens = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
+    match = re.match(r"\s*(" + "|".join(map(re.escape, tokens)) + ")", after) if tokens else None
+    if match:
+        end_text, end = match[0], match[1]
+    elif not after.strip() and tokenizer.eos_token:
+        end_text = end = tokenizer.eos_token
+        notes.append(f"the template writes nothing that ends a reply: {end!r} is added")
+    else:
+        raise UsageError(
+            f"The chat template ends a reply with {after[:40]!r}, which is no end token of this tokenizer: the model "
+            "could never stop. Template and tokenizer do not belong together; check model.chat_template."
+        )
+    ids = tokenizer.encode(end, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UsageError(f"The end token {end!r} is not one token of this tokenizer but {len(ids)}.")
+    return trims, end_text, ids[0]
+
+
+def _folded(messages: Sequence[Message], fmt: ChatFormat) -> list[Message]:
+    if not fmt.fold_system or not messages or messages[0]["role"] != "system":
+        return list(messages)
+    system, first, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
+    """The ids that chat feeds the model before it replies to `messages`, which end with a user turn.
+
+    Control tokens in the messages' own text are encoded as plain text, never as control ids.
+    """
+    try:
+        ids = fmt.tokenizer.apply_chat_template(
+            _folded(messages, fmt),
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=False,
+            **NO_THINKING,
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        roles = " ".join(message["role"] for message in messages)
+        raise Untrainable(f"the chat template refuses a conversation of {roles}: {error}") from None
+    return ids + (fmt.tokenizer.encode(fmt.opening, add_special_tokens=False) if fmt.opening else [])
+
+
+def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:
+    """The ids of `reply` as the template writes it, ending with the token that ends the turn.
+
+    Raises `Untrainable` when the tokenizer cannot write the reply back exactly.
+    """
+    text = fmt.lead + (reply.strip() if fmt.trims else reply)
+    ids = _plain_ids(text, fmt)
+    written = decode(ids, fmt.tokenizer).removeprefix(fmt.lead)
+    wanted = text.removeprefix(fmt.lead)
+    if written not in (wanted, unicodedata.normalize("NFC", wanted)):  # Qwen's tokenizers fold to NFC
+        place = next((i for i, (a, b) in enumerate(zip(written, wanted, strict=False)) if a != b), len(written))
+        raise Untrainable(
+            f"the tokenizer cannot write this reply back: at character {place + 1} {wanted[place : place + 20]!r} "
+            f"becomes {written[place : place + 20]!r}"
+        )
+    end = fmt.tokenizer.encode(fmt.end_text, add_special_tokens=False)
+    return [*ids, *end[:-1], fmt.end_id]
+
+
+def _plain_ids(text: str, fmt: ChatFormat) -> list[int]:
+    # Tokenized behind the end of the prompt, so that SentencePiece adds no space of its own; where the two would merge
+    # into one token, alone. No control token of the text becomes a control id.
+    encode = fmt.tokenizer.encode
+    if found := [token for token in fmt.control if token in text]:
+        raise Untrainable(f"the reply contains the model's control token {found[0]!r}; take it out of the text")
+    tail = encode(fmt.tail, add_special_tokens=False)
+    whole = encode(fmt.tail + text, add_special_tokens=False)
+    return whole[len(tail) :] if whole[: len(tail)] == tail else encode(text, add_special_tokens=False)
+
+
+def decode(ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of `ids` as it is, special tokens included and no spaces cleaned up."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def fit(messages: Sequence[Message], fmt: ChatFormat, limit: int) -> tuple[list[int], int]:
+    """The prompt for `messages` in at most `limit` tokens, and how many of the oldest exchanges were dropped for it.
+
+    Whole exchanges go, never the system prompt and never the last user turn; raises `Untrainable` when those alone are
+    too long.
+    """
+    start = 1 if messages[0]["role"] == "system" else 0
+    ids: list[int] = []
+    for dropped in range(0, len(messages) - start, 2):
+        ids = prompt_ids([*messages[:start], *messages[start + dropped :]], fmt)
+        if len(ids) <= limit:
+            return ids, dropped // 2
+    raise Untrainable(f"system prompt and last message alone take {len(ids)} tokens, over the limit of {limit}")
+
+
+def render(messages: Sequence[Message], fmt: ChatFormat, max_length: int) -> list[Example]:
+    """One example for each assistant reply in `messages`, in order; raises `Untrainable` with the reason."""
+    examples = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        reply = reply_ids(message["content"], fmt)
+        if len(reply) >= max_length:
+            raise Untrainable(f"a reply of {len(reply)} tokens does not fit into data.max_length {max_length}")
+        prompt, _ = fit(messages[:position], fmt, max_length - len(reply))
+        examples.append(Example(tuple(prompt), tuple(reply)))
+    return examples

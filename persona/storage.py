@@ -1,0 +1,68 @@
+"""Folders that appear complete or not at all: written aside, flushed to the disk, renamed."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from persona.sources import file_sha256
+
+MARKER = "COMPLETE.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def publish(staging: Path, folder: Path, marked: bool = False) -> None:
+    """Flush `staging` to the disk and give it its final name, replacing an earlier folder of that name.
+
+    With `marked`, COMPLETE.json with every file's size and SHA-256 is written last, for `fault_in` to check.
+    """
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    for path in files:
+        _flush(path)
+    if marked:
+        entries = {
+            p.relative_to(staging).as_posix(): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files
+        }
+        write_json(staging / MARKER, {"files": entries})
+        _flush(staging / MARKER)
+    if folder.exists():
+        old = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old)
+    else:
+        staging.rename(folder)
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and sys.platform == "win32":
+        return  # Windows has no handle on a folder that could be flushed
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable UTF-8 JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def fault_in(folder: Path) -> str | None:
+    """Why `folder` is no complete checkpoint or adapter, or None when every file is as it was written."""
+    try:
+        entries = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MARKER}"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None

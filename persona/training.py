@@ -1,0 +1,261 @@
+"""The loop: for every update of the plan, its packs forward and backward, one step, and what hangs on it.
+
+An update's loss is the sum over its supervised tokens divided by their number, however the examples are laid out in
+memory; an evaluation is weighted by tokens; a checkpoint is complete or absent; a loss or gradient that is not finite
+stops the run before the weights change.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch.optim import AdamW
+from transformers import get_scheduler
+
+from persona.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
+from persona.config import Evaluation, Training
+from persona.dataset import Conversation
+from persona.errors import Diverged, EnvironmentFault, Interrupted, OutOfMemory
+from persona.metrics import History, peak_memory_gib, perplexity
+from persona.packing import can_share, negative_log_likelihood, pack, plan_packs
+from persona.plan import conversations_of, total_updates, updates_per_epoch
+from persona.render import Example
+from persona.signals import StopRequest
+
+SKIPPED_STEPS_LIMIT = 20  # fp16 lowers its loss scale after an overflow; from 65,536 it is at 0.06 after twenty
+
+
+def choose_optimizer(setting: str, device: torch.device) -> str:
+    """The optimizer for `training.optim` on `device`."""
+    if setting != "auto":
+        return setting
+    return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+
+
+def build_optimizer(name: str, model: Any, training: Training) -> Any:
+    """AdamW (arXiv 1711.05101) over the trainable weights: torch's, or bitsandbytes' with 8-bit states."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    rate, decay = training.learning_rate, training.weight_decay
+    if name == "adamw_torch":
+        return AdamW(weights, lr=rate, weight_decay=decay)
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+    except ImportError as error:
+        raise EnvironmentFault(
+            f'training.optim {name} needs bitsandbytes: {error}. Use --set training.optim="adamw_torch".'
+        ) from None
+    return (PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit)(weights, lr=rate, weight_decay=decay)
+
+
+@dataclass
+class Trainer:
+    """Everything the loop works on; what changes is in model, optimizer, scheduler and `progress`."""
+
+    run: Path
+    model: PeftModel
+    train: Sequence[Conversation]
+    held_out: Sequence[Conversation]
+    training: Training
+    evaluation: Evaluation
+    seed: int
+    accelerator: Accelerator
+    history: History
+    report: Callable[[str], None]
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.per_epoch = updates_per_epoch(len(self.train), self.training.train_batch_size)
+        self.total = total_updates(len(self.train), self.training.train_batch_size, self.training.num_train_epochs)
+        optimizer = build_optimizer(choose_optimizer(self.training.optim, self.device), self.model, self.training)
+        scheduler = get_scheduler(
+            self.training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=math.ceil(self.training.warmup_ratio * self.total),
+            num_training_steps=self.total,
+        )
+        self.optimizer: Any = self.accelerator.prepare_optimizer(optimizer)
+        self.scheduler = scheduler
+        self.skipped = 0
+        longest = max(self.training.max_tokens_per_pack, self.evaluation.max_tokens_per_pack)
+        self.share = can_share(self.model.config, longest)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.accelerator.device
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go back to the state in `checkpoint`."""
+        self.progress = load_checkpoint(
+            checkpoint, self.model, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler
+        )
+
+
+def run_training(trainer: Trainer) -> None:
+    """All updates that are left, or until early stopping; raises `Interrupted` after a signal, with the state saved."""
+    progress = trainer.progress
+    started = time.perf_counter() - progress.seconds
+    with StopRequest() as stop:
+        if progress.step == 0 and trainer.held_out:
+            progress.base_loss = _evaluate_and_log(trainer)
+        while progress.step < trainer.total and not stopped_early(trainer):
+            _one_update(trainer, stop)
+            progress.seconds = time.perf_counter() - started
+            improved = _evaluate_if_due(trainer)
+            progress.seconds = time.perf_counter() - started
+            if improved or stop.number is not None or _is_due(trainer, trainer.training.save_steps):
+                _save(trainer)
+            if stop.number is not None and progress.step < trainer.total:
+                raise Interrupted(
+                    f"Stopped after update {progress.step} of {trainer.total}; the state is saved. "
+                    "Run the same command again to continue.",
+                    stop.number,
+                )
+
+
+def stopped_early(trainer: Trainer) -> bool:
+    """Whether the held-out loss has not improved for `early_stopping_patience` evaluations in a row."""
+    patience = trainer.evaluation.early_stopping_patience
+    return patience is not None and trainer.progress.evaluations_without_improvement >= patience
+
+
+def _one_update(trainer: Trainer, stop: StopRequest) -> None:
+    progress = trainer.progress
+    begun = time.perf_counter()
+    examples = _examples_of(trainer, progress.step)
+    trainer.model.train()
+    loss, tokens = _backward(trainer, examples)
+    norm = _step(trainer, loss)
+    progress.step += 1
+    progress.tokens += tokens
+    if progress.step % trainer.training.logging_steps == 0 or progress.step in (1, trainer.total):
+        values = {
+            "train/loss": loss,
+            "train/perplexity": perplexity(loss),
+            "train/learning_rate": trainer.scheduler.get_last_lr()[0],
+            "train/grad_norm": norm,
+            "train/tokens_per_second": tokens / (time.perf_counter() - begun),
+            "train/peak_memory_gib": peak_memory_gib(trainer.device),
+        }
+        trainer.history.write(progress.step, progress.step / trainer.per_epoch, values)
+        left = (progress.seconds + time.perf_counter() - begun) / progress.step * (trainer.total - progress.step)
+        trainer.report(
+            f"update {progress.step:>4}/{trainer.total}  loss {loss:6.3f}  grad {norm:6.2f}  "
+            f"lr {values['train/learning_rate']:.1e}  {values['train/tokens_per_second']:6.0f} tokens/s  "
+            f"about {left / 60:.0f} min left"
+        )
+
+
+def _examples_of(trainer: Trainer, update: int) -> list[Example]:
+    chosen = conversations_of(update, len(trainer.train), trainer.training.train_batch_size, trainer.seed)
+    return [example for index in chosen for example in trainer.train[index]]
+
+
+def _backward(trainer: Trainer, examples: Sequence[Example]) -> tuple[float, int]:
+    """Gradients of the update's mean loss per supervised token; returns that loss and the tokens computed."""
+    supervised = sum(len(example.reply_ids) for example in examples)
+    total = torch.zeros((), device=trainer.device)
+    tokens = 0
+    try:
+        for group in plan_packs(examples, trainer.training.max_tokens_per_pack, trainer.share):
+            packed = pack(group, trainer.device, trainer.share)
+            with trainer.accelerator.autocast():
+                loss = negative_log_likelihood(trainer.model, packed) / supervised
+            trainer.accelerator.backward(loss)
+            total += loss.detach()
+            tokens += packed.tokens
+    except torch.OutOfMemoryError:
+        raise OutOfMemory(
+            f"Out of memory at update {trainer.progress.step + 1}. Lower training.max_tokens_per_pack (now "
+            f"{trainer.training.max_tokens_per_pack}; it never changes what is learned), or set "
+            "training.gradient_checkpointing to true; then run the same command again to continue."
+        ) from None
+    return total.item(), tokens
+
+
+def _step(trainer: Trainer, loss: float) -> float:
+    """Clip and step; returns the gradient's norm before clipping. Raises `Diverged` with the weights untouched."""
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    norm = float(trainer.accelerator.clip_grad_norm_(weights, trainer.training.max_grad_norm))  # pyright: ignore
+    overflow = trainer.accelerator.scaler is not None and not math.isfinite(norm)
+    trainer.skipped = trainer.skipped + 1 if overflow else 0
+    if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow) or trainer.skipped > SKIPPED_STEPS_LIMIT:
+        raise Diverged(
+            f"The {'gradient' if math.isfinite(loss) else 'loss'} is not finite at update {trainer.progress.step + 1}; "
+            "the weights were not changed and the checkpoints are good. Lower training.learning_rate (now "
+            f"{trainer.training.learning_rate}), or use training.precision bf16 or fp32 instead of fp16."
+        )
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if not overflow:
+        trainer.scheduler.step()
+    return norm
+
+
+def mean_loss(
+    model: Any, conversations: Sequence[Conversation], max_tokens: int, accelerator: Accelerator, share: bool
+) -> float:
+    """Mean negative log-likelihood in nats per supervised token over `conversations`, whatever the packs."""
+    examples = [example for conversation in conversations for example in conversation]
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    with torch.no_grad(), accelerator.autocast():
+        for group in plan_packs(examples, max_tokens, share):
+            total += negative_log_likelihood(model, pack(group, accelerator.device, share)).item()
+    model.train(was_training)
+    return total / sum(len(example.reply_ids) for example in examples)
+
+
+def _evaluate_and_log(trainer: Trainer) -> float:
+    progress = trainer.progress
+    limit = trainer.evaluation.max_tokens_per_pack
+    loss = mean_loss(trainer.model, trainer.held_out, limit, trainer.accelerator, trainer.share)
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The held-out loss is not finite after update {progress.step}. Earlier checkpoints are good; lower "
+            "training.learning_rate or use training.precision bf16 or fp32."
+        )
+    values = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
+    trainer.history.write(progress.step, progress.step / trainer.per_epoch, values)
+    return loss
+
+
+def _evaluate_if_due(trainer: Trainer) -> bool:
+    """Evaluate when it is time; returns whether the held-out loss is the best so far."""
+    progress = trainer.progress
+    if not trainer.held_out or not _is_due(trainer, trainer.evaluation.eval_steps):
+        return False
+    loss = _evaluate_and_log(trainer)
+    improved = progress.best_loss is None or loss < progress.best_loss
+    if improved:
+        progress.best_loss, progress.best_step, progress.evaluations_without_improvement = loss, progress.step, 0
+    else:
+        progress.evaluations_without_improvement += 1
+    note = "best so far" if improved else f"no improvement ({progress.evaluations_without_improvement} in a row)"
+    trainer.report(f"  held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}  {note}")
+    return improved
+
+
+def _is_due(trainer: Trainer, every: int | None) -> bool:
+    step = trainer.progress.step
+    return step % (every or trainer.per_epoch) == 0 or step == trainer.total
+
+
+def _save(trainer: Trainer) -> None:
+    trainer.progress.history_bytes = trainer.history.size
+    save_checkpoint(
+        trainer.run,
+        trainer.model,
+        trainer.optimizer.optimizer,
+        trainer.scheduler,
+        trainer.accelerator.scaler,
+        trainer.progress,
+    )
+    prune(trainer.run, trainer.progress.best_step)

@@ -1,0 +1,227 @@
+"""The format on disk: what passes, what is refused and where, splitting and weighting."""
+
+import json
+import os
+import random
+from collections import Counter
+
+import pytest
+
+from persona.errors import DataError, EnvironmentFault
+from persona.records import (
+    Record,
+    RecordFault,
+    check_messages,
+    read_records,
+    repeat_weighted,
+    split_by_group,
+    write_lines,
+    write_records,
+)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def record(number, group=None):
+    meta = {} if group is None else {"group": group}
+    return Record((user(f"question {number}"), assistant(f"answer {number}")), meta)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_system_and_turns():
+    with_system = Record((SYSTEM, user("a"), assistant("b")))
+    assert with_system.system == "Be brief."
+    assert with_system.turns == (user("a"), assistant("b"))
+    assert record(1).system is None
+    assert record(1).turns == record(1).messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "path"),
+    [
+        ([], "NO_MESSAGES", "$.messages"),
+        ("text", "NO_MESSAGES", "$.messages"),
+        (["hi"], "MESSAGE", "$.messages[0]"),
+        ([user("a"), {**assistant("b"), "weight": 0}], "UNKNOWN_KEY", "$.messages[1]"),
+        ([{"role": "human", "content": "a"}], "UNKNOWN_ROLE", "$.messages[0].role"),
+        ([{"role": ["user"], "content": "a"}], "UNKNOWN_ROLE", "$.messages[0].role"),
+        ([user("a"), {"role": "assistant"}], "CONTENT", "$.messages[1].content"),
+        ([user("a"), assistant(3)], "CONTENT", "$.messages[1].content"),
+        ([user("a"), assistant(" \n\u3000")], "EMPTY", "$.messages[1].content"),
+        ([user("a"), assistant("\ud83d")], "SURROGATE", "$.messages[1].content"),
+        ([assistant("b")], "ORDER", "$.messages[0].role"),
+        ([user("a"), user("a")], "ORDER", "$.messages[1].role"),
+        ([SYSTEM, user("a"), assistant("b"), SYSTEM], "ORDER", "$.messages[3].role"),
+        ([user("a"), assistant("b"), user("c")], "NO_REPLY", "$.messages[2].role"),
+        ([SYSTEM], "NO_REPLY", "$.messages[0].role"),
+    ],
+)
+def test_messages_that_cannot_be_learned(messages, code, path):
+    with pytest.raises(RecordFault) as caught:
+        check_messages(messages)
+    assert (caught.value.code, caught.value.path) == (code, path)
+    assert caught.value.reason
+    assert caught.value.fix
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    records = [
+        Record(
+            (SYSTEM, user("线\u2028\u2029\x85 行\n第二行"), assistant('"\\ 👩‍🚀 \u202e')),
+            {"group": "a", "extra": {"id": 3}},
+        ),
+        record(2),
+    ]
+    path = tmp_path / "new" / "train.jsonl"
+    write_records(path, records)
+    assert read_records(path) == records
+    data = path.read_bytes()
+    assert data.count(b"\n") == 2
+    assert b"\r" not in data
+    assert "线".encode() in data
+    assert list(path.parent.iterdir()) == [path], "no temporary file is left"
+
+
+def test_bom_blank_lines_and_crlf_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = record(1).to_json().encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\n  \n" + line)
+    assert read_records(path) == [record(1), record(1)]
+
+
+GOOD = record(1).to_json()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"messages": []}', "$.messages"),
+        (b"{", "not JSON at column"),
+        (b'{"messages": 1}]', "more text after column"),
+        (b"[1]", "convert_dataset.py"),
+        (b'{"conversations": []}', "convert_dataset.py"),
+        (b'\xff{"messages": []}', "is not UTF-8"),
+        (b'{"messages": [], "messages": []}', 'the key "messages" stands 2 times'),
+        (GOOD.replace('"meta": {}', '"meta": {"a": NaN}').encode(), "NaN"),
+        (GOOD.replace('"meta": {}', '"meta": {"a": 1e999}').encode(), "too large"),
+        (GOOD.replace('"meta": {}', '"meta": {"a": ' + "1" * 5000 + "}").encode(), "5000 digits"),
+        (GOOD.replace('"meta": {}', '"meta": {"a": ' + "[" * 70 + "]" * 70 + "}").encode(), "64 levels"),
+        (GOOD.replace('"meta": {}', '"meta": {"a": ' + "[" * 90_000 + "]" * 90_000 + "}").encode(), "64 levels"),
+        (GOOD.replace('"meta": {}', '"meta": {"a": "\\ud83d"}').encode(), "surrogate"),
+        (GOOD.replace('"meta": {}', '"meta": []').encode(), "$.meta"),
+        (GOOD.replace('"meta"', '"id"').encode(), 'unknown key "id"'),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    message = str(caught.value)
+    assert f"{path}:3" in message
+    assert "1 of 2 records" in message
+    assert said in message
+
+
+def test_depth_of_64_is_allowed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD.replace('"meta": {}', '"meta": {"a": ' + "[" * 62 + "]" * 62 + "}"), encoding="utf-8")
+    assert len(read_records(path)) == 1
+
+
+def test_all_faults_are_counted_and_twenty_shown(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(["{}"] * 33), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    lines = str(caught.value).split("\n")
+    assert "33 of 33" in lines[0]
+    assert len(lines) == 22
+    assert lines[-1] == "... and 13 more"
+
+
+def test_files_without_records(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n \n", encoding="utf-8")
+    for name, said in (("empty.jsonl", "is empty"), ("missing.jsonl", "does not exist"), (".", "is not a file")):
+        with pytest.raises(DataError, match=said) as caught:
+            read_records(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "train.jsonl"
+    write_records(path, [record(1)])
+
+    def breaks():
+        yield "first"
+        raise RuntimeError("source broke")
+
+    with pytest.raises(RuntimeError):
+        write_lines(path, breaks())
+    assert read_records(path) == [record(1)]
+    assert list(tmp_path.iterdir()) == [path]
+    os.link(path, tmp_path / "held")
+    write_records(path, [record(2)])
+    assert read_records(tmp_path / "held") == [record(1)], "the old file is replaced, not written into"
+    with pytest.raises(EnvironmentFault, match="cannot be written"):
+        write_lines(path / "below" / "a.jsonl", ["x"])
+
+
+def test_split_keeps_groups_whole_and_counts_them():
+    records = [record(number, f"group {number % 10}") for number in range(60)]
+    train, validation = split_by_group(records, 0.3, seed=1)
+    groups = [{item.meta["group"] for item in side} for side in (train, validation)]
+    assert len(groups[1]) == 3
+    assert groups[0].isdisjoint(groups[1])
+    assert Counter(item.to_json() for item in train + validation) == Counter(item.to_json() for item in records)
+    assert train == [item for item in records if item in train], "the order of the rows stays"
+
+
+def test_split_depends_on_groups_and_seed_not_on_rows():
+    records = [record(number, f"group {number % 10}") for number in range(60)]
+    shuffled = random.Random(3).sample(records, len(records))
+    held_out = [{item.meta["group"] for item in split_by_group(rows, 0.3, 1)[1]} for rows in (records, shuffled)]
+    assert held_out[0] == held_out[1]
+    assert any(split_by_group(records, 0.3, seed)[1] != split_by_group(records, 0.3, 1)[1] for seed in range(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "groups", "expected"), [(0, 9, 0), (0.01, 9, 1), (0.5, 1, 0), (0.99, 2, 1), (0.2, 9, 2)]
+)
+def test_number_of_validation_groups(ratio, groups, expected):
+    records = [record(number, f"group {number}") for number in range(groups)]
+    assert len(split_by_group(records, ratio, 0)[1]) == expected
+
+
+def test_records_without_group_are_groups_and_bad_ratios_are_refused():
+    assert len(split_by_group([record(number) for number in range(10)], 0.2, 0)[1]) == 2
+    assert split_by_group([], 0.2, 0) == ([], [])
+    for ratio in (-0.1, 1, float("nan")):
+        with pytest.raises(ValueError, match="ratio"):
+            split_by_group([record(1)], ratio, 0)
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(0, 0), (1, 10), (2.5, 25), (0.25, 2), (5, 50), (1.96, 20)])
+def test_weights(weight, expected):
+    records = [record(number) for number in range(10)]
+    repeated = repeat_weighted(records, weight, seed=0)
+    assert len(repeated) == expected
+    counts = Counter(item.to_json() for item in repeated)
+    assert set(counts.values()) <= {int(weight), int(weight) + 1}
+    assert repeated == repeat_weighted(records, weight, seed=0)
+
+
+def test_the_extra_copies_are_chosen_by_the_seed():
+    records = [record(number) for number in range(10)]
+    chosen = {json.dumps([item.to_json() for item in repeat_weighted(records, 0.5, seed)]) for seed in range(5)}
+    assert len(chosen) > 1
+    with pytest.raises(ValueError, match="weight"):
+        repeat_weighted(records, -1, 0)
