@@ -38,14 +38,16 @@ def main() -> None:
 
     from persona.chat import answer_once, chat
     from persona.generation import load_speaker
+    from persona.modeling import enough_memory
 
     merged = adapter is None and not args.base
     in_4bit = args.load_in_4bit if merged else config.quantization.load_in_4bit
-    speaker = load_speaker(config, base, adapter, in_4bit)
-    if args.prompt is not None:
-        answer_once(speaker, args.system, args.prompt)
-    else:
-        chat(speaker, args.system)
+    with enough_memory("Lower data.max_length, or take a smaller model; --load-in-4bit holds a merged one in 4 bits."):
+        speaker = load_speaker(config, base, adapter, in_4bit)
+        if args.prompt is not None:
+            answer_once(speaker, args.system, args.prompt)
+        else:
+            chat(speaker, args.system)
 
 
 if __name__ == "__main__":

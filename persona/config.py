@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
 from persona.errors import UsageError
 
@@ -22,6 +22,7 @@ FOREIGN_NAMES = {
     "gradient_accumulation_steps": "training.train_batch_size (it already counts the whole update); memory is "
     "training.max_tokens_per_pack",
     "grad_accum": "training.train_batch_size (it already counts the whole update)",
+    "max_steps": "training.num_train_epochs (a fraction is fine)",
     "batch_size": "training.train_batch_size (conversations in one weight update)",
     "micro_batch_size": "training.max_tokens_per_pack (tokens in memory at a time)",
     "per_device_eval_batch_size": "evaluation.max_tokens_per_pack (tokens in memory at a time)",
@@ -63,7 +64,7 @@ FOREIGN_NAMES = {
     "max_tokens": "generation.max_new_tokens",
     "do_sample": "generation.temperature (0 = greedy)",
 }
-_SECRET = re.compile(r"token$|api_?key|password|secret", re.IGNORECASE)
+_SECRET = re.compile(r"(hf|hub|access|auth|api)_?token|^token$|api_?key|password|secret", re.IGNORECASE)
 
 
 class Section(BaseModel):
@@ -79,7 +80,7 @@ class Model(Section):
 
     name_or_path: str = Field(min_length=1)
     """The embedded default `smollm2-135m-instruct`, a folder in Hugging Face form, a GGUF file, or a hub id."""
-    chat_template: str | None = None
+    chat_template: str | None = Field(default=None, min_length=1)
     """A Jinja file that replaces the model's own chat template; null keeps the model's own."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute: `auto` takes the CUDA card when there is one."""
@@ -114,9 +115,9 @@ class Data(Section):
 
     train_file: str = Field(min_length=1)
     """Conversations to learn, as `convert_dataset.py` writes them."""
-    validation_file: str | None = None
+    validation_file: str | None = Field(default=None, min_length=1)
     """Conversations held out to measure on; null trains without evaluation."""
-    settings_file: str | None = None
+    settings_file: str | None = Field(default=None, min_length=1)
     """Questions about the character's world and background texts, mixed into training; null for none."""
     settings_weight: float = Field(default=1.0, ge=0, le=100)
     """How many times the settings file is repeated; a fraction is a seeded choice."""
@@ -130,7 +131,7 @@ class Training(Section):
     """How it is learned."""
 
     output_dir: str = Field(min_length=1)
-    """Folder of the run; TensorBoard goes to logs/<its last part>."""
+    """Folder of the run; TensorBoard goes to a folder of the same name in `logs`."""
     num_train_epochs: float = Field(default=3.0, gt=0, le=1000)
     """Passes over the training data."""
     train_batch_size: int = Field(default=8, ge=1)
@@ -181,7 +182,7 @@ class Evaluation(Section):
     """Updates between evaluations; null evaluates once an epoch."""
     early_stopping_patience: int | None = Field(default=3, ge=1)
     """Stop after this many evaluations in a row without improvement; null never stops early."""
-    max_tokens_per_pack: int = Field(default=4096, ge=16)
+    max_tokens_per_pack: int = Field(default=2048, ge=16)
     """Tokens in memory at a time while evaluating; never changes the result."""
 
 
@@ -243,11 +244,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
+        line = text.split("\n")[error.lineno - 1].strip()
         raise UsageError(
             f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}, at {line!r}. "
             "JSON has no comments, no comma after the last item, and only double quotes."
         ) from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply to be a settings file.") from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
     if not isinstance(values, dict):
@@ -333,11 +336,14 @@ def _expected(detail: ErrorDetails) -> str:
 
 
 def _explain_unknown(name: str, key: str) -> str:
-    if _SECRET.search(key) and key != "max_tokens":
+    if _SECRET.search(key):
         return f"{name}: keys and tokens do not belong into this file; log in with `hf auth login` instead"
     if key in FOREIGN_NAMES:
         return f"{name} is not a setting here; use {FOREIGN_NAMES[key]}"
     known = setting_names()
+    if key in known:
+        section, _, inner = key.partition(".")
+        return f'{name}: a name with a dot is for --set; here write "{section}": {{"{inner}": ...}}'
     close = difflib.get_close_matches(name, known, 1, 0.6)
     if not close:
         by_key = {setting.rpartition(".")[2]: setting for setting in known}
@@ -365,8 +371,8 @@ def settings_table() -> str:
         section, _, key = name.rpartition(".")
         owner = Config.model_fields[section].annotation if section else Config
         field = owner.model_fields[key]  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-        default = None if field.default is PydanticUndefined else field.default
-        lines.append(f"| `{name}` | `{json.dumps(default, ensure_ascii=False)}` | {field.description} |")
+        default = json.dumps(field.default, ensure_ascii=False) if not field.is_required() else "(required)"
+        lines.append(f"| `{name}` | `{default}` | {field.description} |")
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from persona.artifacts import CARD, PersonaCard, check_base, copy_tokenizer
 from persona.errors import DataError, UsageError
-from persona.sources import check_model_folder, tensor_index
+from persona.sources import check_model_folder, tensor_index, weight_files
 from persona.storage import ADAPTER_WEIGHTS, publish, write_json
 
 PREFIX = "base_model.model."
@@ -129,7 +129,7 @@ def _merged_tensors(
     base: Path, deltas: dict[str, Delta], dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor, float]]:
     """Every tensor of the merged model in the base's order, and the largest change in it (0 where there is none)."""
-    for path in sorted(base.glob("*.safetensors")):
+    for path in weight_files(base):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 weight = file.get_tensor(name)

@@ -3,6 +3,8 @@ bitsandbytes are used."""
 
 import difflib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from persona.config import Lora, Quantization
-from persona.errors import EnvironmentFault, UsageError
+from persona.errors import EnvironmentFault, OutOfMemory, UsageError
 from persona.render import BUILTIN_TEMPLATE, freeze_date
 
 # PEFT 0.21 reads a property that transformers 5.23 deprecates
@@ -26,6 +28,15 @@ transformers_logging.disable_progress_bar()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Strings on which transformers has loaded a tokenizer otherwise than its own file says (transformers #45488)
 _PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "don't 3.14 é 你好，世界。", "\ttab (x)")
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turn a device's lack of memory inside into `OutOfMemory` with `advice`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"The device's memory is full ({str(error).splitlines()[0]}). {advice}") from None
 
 
 def choose_device(setting: str) -> torch.device:

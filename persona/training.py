@@ -21,7 +21,7 @@ from transformers import get_scheduler
 from persona.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
 from persona.config import Evaluation, Training
 from persona.dataset import Conversation
-from persona.errors import Diverged, EnvironmentFault, Interrupted, OutOfMemory
+from persona.errors import Diverged, EnvironmentFault, Interrupted
 from persona.metrics import History, peak_memory_gib, perplexity
 from persona.packing import can_share, negative_log_likelihood, pack, plan_packs
 from persona.plan import conversations_of, total_updates, updates_per_epoch
@@ -158,25 +158,16 @@ def _examples_of(trainer: Trainer, update: int) -> list[Example]:
 
 
 def _backward(trainer: Trainer, examples: Sequence[Example]) -> tuple[float, int]:
-    """Gradients of the update's mean loss per supervised token; returns that loss and the tokens computed."""
+    """Gradients of the update's mean loss per supervised token; returns that loss and the tokens of its examples."""
     supervised = sum(len(example.reply_ids) for example in examples)
     total = torch.zeros((), device=trainer.device)
-    tokens = 0
-    try:
-        for group in plan_packs(examples, trainer.training.max_tokens_per_pack, trainer.share):
-            packed = pack(group, trainer.device, trainer.share)
-            with trainer.accelerator.autocast():
-                loss = negative_log_likelihood(trainer.model, packed) / supervised
-            trainer.accelerator.backward(loss)
-            total += loss.detach()
-            tokens += packed.tokens
-    except torch.OutOfMemoryError:
-        raise OutOfMemory(
-            f"Out of memory at update {trainer.progress.step + 1}. Lower training.max_tokens_per_pack (now "
-            f"{trainer.training.max_tokens_per_pack}; it never changes what is learned), or set "
-            "training.gradient_checkpointing to true; then run the same command again to continue."
-        ) from None
-    return total.item(), tokens
+    for group in plan_packs(examples, trainer.training.max_tokens_per_pack, trainer.share):
+        packed = pack(group, trainer.device, trainer.share)
+        with trainer.accelerator.autocast():
+            loss = negative_log_likelihood(trainer.model, packed) / supervised
+        trainer.accelerator.backward(loss)
+        total += loss.detach()
+    return total.item(), sum(len(example.prompt_ids) + len(example.reply_ids) for example in examples)
 
 
 def _step(trainer: Trainer, loss: float) -> float:

@@ -1,0 +1,41 @@
+"""For every test: no network, no hub, and no CUDA test where there is no card. The models are those of tiny.py."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from pytest_socket import disable_socket
+
+
+def pytest_runtest_setup():
+    disable_socket(allow_unix_socket=True)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card, and torch finds none here"))
+
+
+@pytest.fixture(scope="session")
+def chatml():
+    """A tokenizer with a ChatML template that writes a default system prompt."""
+    from tiny import family
+
+    return family("chatml_default")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, chatml):
+    """A Hugging Face folder with a random two-layer Llama of 64 dimensions that speaks ChatML."""
+    from tiny import save_model
+
+    return save_model(tmp_path_factory.mktemp("models") / "llama", "llama", chatml)

@@ -1,0 +1,338 @@
+"""How examples lie in memory changes nothing: rows, padded rows and prefix trees give the same loss and gradients."""
+
+import random
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import family, model, save_model
+
+from persona.config import Lora, Quantization
+from persona.modeling import add_adapter, load_base
+from persona.packing import can_share, inputs, negative_log_likelihood, pack, plan_packs, supervised_logits
+from persona.render import Example, chat_format, render
+from persona.training import mean_loss
+
+CPU = torch.device("cpu")
+SLIDES = ["full_attention", "sliding_attention"]
+SHARING = ("llama", "mistral", "qwen2", "qwen3")
+LOSS, GRADIENT = 1e-6, 1e-5  # relative, in float32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # products of 64 columns are faster on one thread than shared out, above all on a busy machine
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def talk(*texts):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": "You are Tamsin, keeper of the lighthouse."}, *turns]
+
+
+TALKS = [
+    talk("Who?", "Only me.", "Say it twice.", "Me, and me.", "And the fog?", "I ring the bell."),
+    talk("Who?", "Nobody, at this hour.", "Say it twice.", "Nobody. Nobody."),
+    talk("What do you do all day?", "Oil the lamp."),
+    talk("你是谁？", "我是灯塔的看守人。"),
+    talk("What do you do all night?", "Count the ships that answer, and the ones that do not."),
+]
+
+
+def rendered(name):
+    fmt = chat_format(family(name))
+    return [example for messages in TALKS for example in render(messages, fmt, 1000)]
+
+
+def random_examples():
+    """Examples that have nothing in common, not even the first token."""
+    chance = random.Random(0)
+    made = []
+    for first in range(7):
+        prompt = [first, *(chance.randrange(10, 500) for _ in range(chance.randrange(5, 40)))]
+        made.append(Example(tuple(prompt), tuple(chance.randrange(10, 500) for _ in range(chance.randrange(1, 9)))))
+    return made
+
+
+@cache
+def cases():
+    keeps = rendered("chatml_default")
+    start = keeps[0]
+    return {
+        "history kept": keeps,
+        "history rewritten": rendered("qwen3"),
+        "nothing in common": random_examples(),
+        "all the same": [start] * 4,
+        # one position with several targets, and prompts that end within a reply
+        "reply begins another reply": [
+            Example(start.prompt_ids, (7, 8, 2)),
+            Example(start.prompt_ids, (7, 8, 9, 2)),
+            Example(start.prompt_ids, (7, 8, 9, 10, 2)),
+            Example((*start.prompt_ids, 7, 8), (9, 2)),
+            Example(start.prompt_ids, (2,)),
+        ],
+    }
+
+
+@cache
+def adapted(architecture):
+    """A tiny model with an adapter whose two halves are both random, so that every gradient differs from zero."""
+    made = add_adapter(model(architecture), Lora(r=4, lora_dropout=0.0), seed=0)
+    torch.manual_seed(1)
+    for name, weight in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return made.train()
+
+
+def measured(tuned, losses):
+    """Sum of `losses` and the gradients they leave; each loss is computed only when its turn comes."""
+    tuned.zero_grad()
+    total = 0.0
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    return total, {name: w.grad.clone() for name, w in tuned.named_parameters() if w.requires_grad}
+
+
+def plain_loss(tuned, example):
+    """The oracle: the whole example through the model alone, all logits, the replies' picked out of them."""
+    ids = torch.tensor([[*example.prompt_ids, *example.reply_ids]])
+    logits = tuned(input_ids=ids[:, :-1], use_cache=False).logits[0]
+    said = len(example.reply_ids)
+    return F.cross_entropy(logits[-said:], ids[0, -said:], reduction="sum")
+
+
+@cache
+def expected(architecture, case):
+    tuned = adapted(architecture)
+    return measured(tuned, (plain_loss(tuned, example) for example in cases()[case]))
+
+
+def packed_result(tuned, examples, max_tokens, share):
+    groups = plan_packs(examples, max_tokens, share)
+    return measured(tuned, (negative_log_likelihood(tuned, pack(group, CPU, share)) for group in groups))
+
+
+def assert_same(found, wanted, loss=LOSS, gradient=GRADIENT):
+    assert found[0] == pytest.approx(wanted[0], rel=loss)
+    assert found[1].keys() == wanted[1].keys()
+    for name, right in wanted[1].items():
+        assert right.norm() > 0, name
+        assert (found[1][name] - right).norm() <= gradient * right.norm(), name
+
+
+# --- the same loss, the same gradients -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["longest", 64, 128, 100_000])
+@pytest.mark.parametrize("share", [False, True], ids=["rows", "trees"])
+@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("architecture", SHARING)
+def test_the_layout_changes_nothing(architecture, case, share, size):
+    examples = list(cases()[case])
+    limit = max(len(inputs(example)) for example in examples) if size == "longest" else size
+    random.Random(size).shuffle(examples)
+    tuned = adapted(architecture)
+    assert can_share(tuned.config, limit)
+    assert_same(packed_result(tuned, examples, limit, share), expected(architecture, case))
+
+
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "gemma3_text"])
+def test_other_architectures_are_trained_in_rows(architecture):
+    tuned = adapted(architecture)
+    assert not can_share(tuned.config, 128)
+    assert_same(packed_result(tuned, cases()["history kept"], 300, False), expected(architecture, "history kept"))
+
+
+@pytest.mark.parametrize("architecture", [*SHARING, "opt", "bloom", "gpt2", "gemma3_text"])
+def test_logits_behind_the_hook_are_those_of_the_whole_output(architecture):
+    tuned = adapted(architecture)
+    for share in {False, architecture in SHARING}:
+        packed = pack(plan_packs(cases()["history kept"], 100_000, share)[0], CPU, share)
+        placed = {} if packed.mask is None else {"attention_mask": packed.mask, "position_ids": packed.position_ids}
+        with torch.no_grad():
+            some = supervised_logits(tuned, packed)
+            whole = tuned(input_ids=packed.input_ids, use_cache=False, **placed).logits
+        assert whole.shape[:2] == packed.input_ids.shape  # the hook is gone again
+        assert some.shape == (len(packed.targets), whole.shape[-1])
+        torch.testing.assert_close(some, whole.flatten(0, 1)[packed.positions], rtol=1e-5, atol=1e-5)
+
+
+def test_the_hook_goes_after_an_error():
+    tuned = adapted("llama")
+    packed = pack(cases()["all the same"], CPU, False)
+    broken = SimpleNamespace(**{**vars(packed), "positions": torch.tensor([10**6])})
+    with pytest.raises(IndexError):
+        supervised_logits(tuned, broken)
+    with torch.no_grad():
+        assert tuned(input_ids=packed.input_ids).logits.shape[:2] == packed.input_ids.shape
+
+
+@pytest.mark.parametrize(("size", "packs"), [(100_000, 1), (150, 2), (60, 4)])
+def test_one_update_of_eight_however_it_is_split(size, packs):
+    tuned = adapted("llama")
+    examples = (cases()["history kept"] + cases()["history rewritten"])[:8]
+    supervised = sum(len(example.reply_ids) for example in examples)
+    alone = measured(tuned, (plain_loss(tuned, example) / supervised for example in examples))
+    groups = plan_packs(examples, size, True)
+    assert len(groups) >= packs
+    split = measured(tuned, (negative_log_likelihood(tuned, pack(g, CPU, True)) / supervised for g in groups))
+    assert_same(split, alone)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("size", [16, 128, 100_000])
+def test_the_held_out_loss_is_the_mean_over_tokens(share, size):
+    tuned = adapted("qwen2")
+    conversations = [tuple(cases()["history kept"][:3]), tuple(cases()["history kept"][3:5])]
+    examples = [example for conversation in conversations for example in conversation]
+    with torch.no_grad():
+        total = sum(plain_loss(tuned.eval(), example).item() for example in examples)
+    tuned.train()
+    accelerator = SimpleNamespace(autocast=nullcontext, device=CPU)
+    found = mean_loss(tuned, conversations, size, accelerator, share)
+    assert found == pytest.approx(total / sum(len(example.reply_ids) for example in examples), rel=LOSS)
+    assert tuned.training
+
+
+def test_a_window_as_long_as_the_pack_may_share():
+    tuned = add_adapter(model("mistral", sliding_window=128), Lora(r=4, lora_dropout=0.0), seed=0)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    examples = cases()["history kept"]
+    assert max(len(inputs(example)) for example in examples) <= 128
+    alone = measured(tuned, (plain_loss(tuned, example) for example in examples))
+    assert_same(packed_result(tuned, examples, 128, True), alone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest", "allowed"),
+    [
+        ({"model_type": "llama"}, 10**6, True),
+        ({"model_type": "qwen3", "sliding_window": None}, 10**6, True),
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096, True),
+        ({"model_type": "mistral", "sliding_window": 4096}, 4097, False),
+        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": ["full_attention"]}, 4096, True),
+        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": SLIDES}, 65, False),
+        ({"model_type": "gemma3_text", "sliding_window": 512, "layer_types": ["sliding_attention"]}, 16, False),
+        ({"model_type": "qwen3_next"}, 16, False),
+        ({"model_type": "opt"}, 16, False),
+        ({"model_type": "bloom"}, 16, False),
+    ],
+)  # fmt: skip
+def test_who_may_share(settings, longest, allowed):
+    assert can_share(SimpleNamespace(**settings), longest) is allowed
+
+
+# --- 4 bits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_4bit(tmp_path_factory):
+    folder = save_model(tmp_path_factory.mktemp("packing") / "llama", "llama", family("qwen3"))
+    tuned = add_adapter(load_base(folder, Quantization(), "fp32", CPU), Lora(r=4, lora_dropout=0.0), seed=0)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return tuned.train()
+
+
+@pytest.mark.parametrize("size", [64, 100_000])
+def test_rows_and_trees_agree_in_4_bits(in_4bit, size):
+    # the 4-bit weights are taken back to float32 for every product, so only the order of sums differs
+    assert any("Linear4bit" in type(module).__name__ for module in in_4bit.modules())
+    examples = cases()["history rewritten"]
+    alone = measured(in_4bit, (plain_loss(in_4bit, example) for example in examples))
+    for share in (False, True):
+        assert_same(packed_result(in_4bit, examples, size, share), alone)
+
+
+def test_gradients_survive_an_evaluation_in_4_bits(in_4bit):
+    examples = cases()["history kept"]
+    before = packed_result(in_4bit, examples, 200, True)
+    with torch.no_grad():
+        negative_log_likelihood(in_4bit.eval(), pack(examples[:2], CPU, True))
+    in_4bit.train()
+    assert_same(packed_result(in_4bit, examples, 200, True), before)
+
+
+# --- the plan and the tree, for any examples -------------------------------------------------------------------------
+
+few_tokens = st.integers(0, 2)  # so that beginnings are often shared
+any_examples = st.lists(
+    st.builds(
+        Example,
+        st.lists(few_tokens, min_size=1, max_size=7).map(tuple),
+        st.lists(few_tokens, min_size=1, max_size=5).map(tuple),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(any_examples, st.integers(1, 40), st.booleans())
+def test_a_plan_keeps_to_the_limit_and_loses_nothing(examples, limit, share):
+    groups = plan_packs(examples, limit, share)
+    assert Counter(example for group in groups for example in group) == Counter(examples)
+    for group in groups:
+        assert pack(group, CPU, share).input_ids.numel() <= limit or len(group) == 1
+
+
+def what_a_token_sees(packed, position):
+    """The ids that the token at flat `position` attends to, itself included, in the order of their positions."""
+    if packed.mask is None:
+        row, column = divmod(position, packed.input_ids.shape[1])
+        return tuple(packed.input_ids[row, : column + 1].tolist())
+    seen = packed.mask[0, 0, position].nonzero().flatten()
+    places = packed.position_ids[0, seen]
+    assert sorted(places.tolist()) == list(range(len(seen)))  # positions count from the root without a gap
+    assert packed.position_ids[0, position] == len(seen) - 1
+    return tuple(packed.input_ids[0, seen[places.argsort()]].tolist())
+
+
+@settings(max_examples=150, deadline=None)
+@given(any_examples, st.booleans())
+def test_every_target_is_predicted_from_its_own_context(examples, share):
+    (group,) = plan_packs(examples, 10**6, share)
+    packed = pack(group, CPU, share)
+    found = Counter(
+        (what_a_token_sees(packed, position), target)
+        for position, target in zip(packed.positions.tolist(), packed.targets.tolist(), strict=True)
+    )
+    wanted = Counter(
+        ((*example.prompt_ids, *example.reply_ids[:i]), token)
+        for example in examples
+        for i, token in enumerate(example.reply_ids)
+    )
+    assert found == wanted
+
+
+@settings(max_examples=100, deadline=None)
+@given(any_examples)
+def test_a_tree_computes_no_beginning_twice(examples):
+    (group,) = plan_packs(examples, 10**6, True)
+    beginnings = {inputs(example)[: i + 1] for example in examples for i in range(len(inputs(example)))}
+    if len(examples) > 1:
+        assert pack(group, CPU, True).input_ids.numel() == len(beginnings)
+
+
+def test_the_card_is_computed_once():
+    examples = cases()["history kept"]
+    packed = pack(plan_packs(examples, 100_000, True)[0], CPU, True)
+    assert packed.input_ids.numel() < 0.6 * sum(len(inputs(example)) for example in examples)
+    card = len(render(TALKS[0], chat_format(family("chatml_default")), 1000)[0].prompt_ids) - 20
+    first = list(examples[0].prompt_ids[:card])
+    ids = packed.input_ids[0].tolist()
+    assert sum(ids[i : i + card] == first for i in range(len(ids))) == 1
