@@ -133,21 +133,29 @@ def prune(run: Path, best_step: int | None, keep: int = 2) -> None:
 
 def _save_optimizer(optimizer: Any, folder: Path) -> None:
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                scalars[f"{index}.{name}"] = value
+    flat = _flat(state["state"])
+    tensors = {name: value.detach().cpu().clone() for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    scalars = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
     save_file(tensors, folder / "optimizer.safetensors")
     write_json(folder / "optimizer.json", {"param_groups": state["param_groups"], "scalars": scalars})
 
 
+def _flat(state: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with keys joined by a slash; bitsandbytes nests its quantization state one level deeper."""
+    flat = {}
+    for key, value in state.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _load_optimizer(optimizer: Any, folder: Path) -> None:
     stored = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
-    state: dict[int, dict[str, Any]] = {}
+    nested: dict[str, Any] = {}
     for key, value in [*load_file(folder / "optimizer.safetensors").items(), *stored["scalars"].items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        *path, name = key.split("/")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = value
+    state = {int(index): entries for index, entries in nested.items()}
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})

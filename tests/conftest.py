@@ -25,6 +25,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA card, and torch finds none here"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch on one thread: many times faster for products of 64 columns, above all on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def chatml():
     """A tokenizer with a ChatML template that writes a default system prompt."""

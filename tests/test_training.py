@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from runs import adapter_bytes, config, conversations, metrics, settings, write_jsonl
 from safetensors.torch import load_file
 
@@ -25,8 +27,10 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _in_tmp(tmp_path, monkeypatch):
+def _a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    yield
+    AcceleratorState._reset_state()  # a real run is one process; accelerate keeps the precision of the first for good
 
 
 def train(settings, resume=True):
@@ -316,11 +320,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, tin
 def test_the_8_bit_optimizer_trains_and_continues_on_the_cpu(tmp_path, tiny_model, optim):
     # matrices of 4,096 values and more have 8-bit states; r=64 makes them that large
     changes = {"lora": {"r": 64, "lora_dropout": 0}}
-    whole, _ = train(config(tmp_path, tiny_model, training={"optim": optim, "output_dir": "outputs/a"}, **changes))
+    saves = {"optim": optim, "save_steps": 3}
+    whole, _ = train(config(tmp_path, tiny_model, training={**saves, "output_dir": "outputs/a"}, **changes))
     losses = train_losses(whole)
     assert losses[6] < losses[1]
-    state = load_file(whole / "checkpoint-6" / "optimizer.safetensors")
+    state = load_file(whole / "checkpoint-4" / "optimizer.safetensors")
     assert any(tensor.dtype == torch.uint8 for tensor in state.values())
+    again = config(tmp_path, tiny_model, training={**saves, "output_dir": "outputs/b"}, **changes)
+    shutil.copytree(whole, "outputs/b", ignore=shutil.ignore_patterns("adapter", "checkpoint-6"))
+    identity = json.loads((tmp_path / "outputs" / "b" / "run.json").read_text(encoding="utf-8"))
+    del identity["summary"]  # as it was before the run had finished
+    (tmp_path / "outputs" / "b" / "run.json").write_text(json.dumps(identity), encoding="utf-8")
+    run, said = train(again)
+    assert "Continuing after update 4" in said
+    assert adapter_bytes(run) == adapter_bytes(whole)
 
 
 def test_settings_are_mixed_in_by_their_weight(tmp_path, tiny_model):

@@ -1,0 +1,401 @@
+"""The settings file: every mistake at once and what to write instead, and no setting that does nothing."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from persona.config import (
+    FOREIGN_NAMES,
+    Config,
+    Section,
+    dump_config,
+    load_config,
+    read_json,
+    schema_text,
+    setting_names,
+    settings_table,
+)
+from persona.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAST = {
+    "model": {"name_or_path": "m"},
+    "data": {"train_file": "train.jsonl"},
+    "training": {"output_dir": "outputs/x"},
+}
+
+
+def write(folder, values):
+    path = folder / "settings.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+    return path
+
+
+def changed(name, value):
+    """LEAST with the setting `name` set to `value`."""
+    values = json.loads(json.dumps(LEAST))
+    section, _, key = name.rpartition(".")
+    (values.setdefault(section, {}) if section else values)[key] = value
+    return values
+
+
+def complaint(folder, values, *overrides):
+    with pytest.raises(UsageError) as caught:
+        load_config(write(folder, values), list(overrides))
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_defaults_fill_what_is_left_out(tmp_path):
+    config = load_config(write(tmp_path, LEAST), [])
+    assert config.lora.r == 16
+    assert config.training.learning_rate == 2e-4
+    assert config.seed == 0
+
+
+def test_every_mistake_is_reported_at_once(tmp_path):
+    values = {
+        "model": {},
+        "lora": {"r": 0, "lora_alpha": "32"},
+        "data": {"train_file": "", "max_lenght": 100},
+        "training": {"output_dir": "x", "learning_rat": 1, "lr_scheduler_type": "cosin"},
+        "speed": 3,
+    }
+    text = complaint(tmp_path, values, "--no-equals", "seed=-1")
+    assert text.startswith(f"10 mistakes in the settings ({tmp_path / 'settings.json'} with --set):")
+    lines = text.splitlines()[1:]
+    assert len(lines) == 10
+    for wanted in (
+        "--set --no-equals: expected section.key=value",
+        "model.name_or_path is missing, and it has no default",
+        "lora.r: found 0; expected a value greater than or equal to 1",
+        'lora.lora_alpha: found "32"; expected a number (without quotation marks)',
+        'data.train_file: found ""; expected some text',
+        "data.max_lenght is not a setting; did you mean data.max_length?",
+        "training.learning_rat is not a setting; did you mean training.learning_rate?",
+        "training.lr_scheduler_type: found \"cosin\"; expected a value 'cosine', 'linear' or 'constant'",
+        "seed: found -1; expected a value greater than or equal to 0",
+        "speed is not a setting",
+    ):
+        assert sum(line.startswith(f"  - {wanted}") for line in lines) == 1, wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("training.learningrate", "training.learning_rate"),
+        ("lora.dropuot", "lora.lora_dropout"),
+        ("learning_rate", "training.learning_rate"),
+        ("training.max_length", "data.max_length"),
+        ("trainig", "training"),
+    ],
+)
+def test_did_you_mean(tmp_path, name, suggestion):
+    text = complaint(tmp_path, changed(name, 1))
+    assert f"{name} is not a setting" in text
+    assert suggestion in text
+
+
+@pytest.mark.parametrize("name", FOREIGN_NAMES)
+def test_names_of_other_tools_say_what_replaces_them(tmp_path, name):
+    text = complaint(tmp_path, changed(f"training.{name}", 1))
+    assert text.startswith("1 mistake ")
+    assert f"training.{name} is not a setting here; use {FOREIGN_NAMES[name]}" in text
+
+
+def test_replacements_name_real_settings():
+    sections = {name.partition(".")[0] for name in setting_names() if "." in name}
+    for name, advice in FOREIGN_NAMES.items():
+        word = advice.split()[0].rstrip(":,;")
+        if word.partition(".")[0] in sections:
+            assert word in setting_names(), name
+        assert name not in setting_names()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lora.r", 16.0, "a whole number"),
+        ("lora.r", "16", "a whole number (without quotation marks)"),
+        ("lora.r", True, "a whole number"),
+        ("lora.r", 2000, "less than or equal to 1024"),
+        ("training.learning_rate", "1e-4", "a number (without quotation marks)"),
+        ("training.learning_rate", None, "a number"),
+        ("training.gradient_checkpointing", "true", "true or false (without quotation marks)"),
+        ("training.gradient_checkpointing", 1, "true or false"),
+        ("quantization.load_in_4bit", 0, "true or false"),
+        ("data.train_file", 3, "text in double quotes"),
+        ("data.train_file", ["a.jsonl"], "text in double quotes"),
+        ("lora.target_modules", [], "at least one name"),
+        ("lora.target_modules", "q_proj", "a value 'all-linear' or a list"),
+        ("lora", 3, "a section in braces"),
+        ("lora.lora_dropout", 1, "less than 1"),
+        ("training.precision", "bf32", "'auto', 'bf16', 'fp16' or 'fp32'"),
+    ],
+)
+def test_values_are_never_coerced(tmp_path, name, value, expected):
+    text = complaint(tmp_path, changed(name, value))
+    assert f"{name}: found {json.dumps(value)}; expected " in text
+    assert expected in text.partition("expected ")[2]
+
+
+def test_a_whole_number_is_a_number(tmp_path):
+    assert load_config(write(tmp_path, changed("lora.lora_alpha", 32)), []).lora.lora_alpha == 32.0
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["training.learning_rate", "lora.lora_alpha", "training.max_grad_norm"])
+def test_numbers_that_are_none_are_refused(tmp_path, name, number):
+    text = complaint(tmp_path, json.dumps(changed(name, 0.123)).replace("0.123", number))
+    assert f"{name}: found " in text
+    assert name in complaint(tmp_path, LEAST, f"{name}={number}")
+
+
+@pytest.mark.parametrize("name", ["model.token", "hf_token", "model.api_key", "training.wandb_apikey", "data.Password"])
+def test_secrets_are_refused_and_not_repeated(tmp_path, name):
+    text = complaint(tmp_path, changed(name, "hf_abcdefgh12345678"))
+    assert f"{name}: keys and tokens do not belong into this file" in text
+    assert "hf_abcdefgh" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"seed": 1,}', ":1:"),
+        ('{\n  // a comment\n  "seed": 1\n}', ":2:3: not valid JSON"),
+        ('{\n  "seed": 1, # why\n}', ":2:14: not valid JSON"),
+        ("{'seed': 1}", ":1:2: not valid JSON"),
+        ('{\n  "seed": 1\n  "lora": {}\n}', ":3:3: not valid JSON"),
+        ("", ":1:1: not valid JSON"),
+        ("[1, 2]", ": expected an object"),
+        ("null", ": expected an object"),
+    ],
+)
+def test_what_is_not_json_is_shown_with_its_place(tmp_path, text, place):
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError) as caught:
+        read_json(path)
+    assert f"{path}{place}" in str(caught.value)
+    if "not valid JSON" in str(caught.value):
+        assert "JSON has no comments, no comma after the last item, and only double quotes." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [('{"seed": 1, "seed": 2}', "seed"), ('{"lora": {"r": 1, "lora_alpha": 2, "r": 3}}', "r")]
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, key):
+    with pytest.raises(UsageError, match=f"the key '{key}' stands twice in one object"):
+        read_json(write(tmp_path, text))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match=r"no such file. Start from config/default.json"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(UsageError, match="is a folder; name the JSON file in it"):
+        read_json(tmp_path)
+    gbk = tmp_path / "gbk.json"
+    gbk.write_bytes('{"model": "莫言秋"}'.encode("gbk"))
+    with pytest.raises(UsageError, match="cannot be read as UTF-8"):
+        read_json(gbk)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    path = tmp_path / "windows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(LEAST).replace(",", ",\r\n").encode())
+    assert load_config(path, []).model.name_or_path == "m"
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("training.learning_rate=1e-3", "training.learning_rate", 1e-3),
+        ("lora.r=8", "lora.r", 8),
+        ("quantization.load_in_4bit=false", "quantization.load_in_4bit", False),
+        ("data.validation_file=null", "data.validation_file", None),
+        ('lora.target_modules=["q_proj","v_proj"]', "lora.target_modules", ["q_proj", "v_proj"]),
+        ("data.train_file=a=b.jsonl", "data.train_file", "a=b.jsonl"),
+        ("data.train_file=C:\\数据\\train.jsonl", "data.train_file", "C:\\数据\\train.jsonl"),
+        ('data.train_file="12"', "data.train_file", "12"),
+        ("data.system_prompt=", "data.system_prompt", ""),
+        ("data.system_prompt=You are Tamsin.", "data.system_prompt", "You are Tamsin."),
+        ("seed=7", "seed", 7),
+        (" seed =7", "seed", 7),
+    ],
+)
+def test_set_takes_json_or_else_text(tmp_path, override, name, value):
+    config = load_config(write(tmp_path, LEAST), [override]).model_dump()
+    for part in name.split("."):
+        config = config[part]
+    assert config == value
+    assert type(config) is type(value)
+
+
+def test_the_last_set_wins(tmp_path):
+    assert load_config(write(tmp_path, LEAST), ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.learning_rat=1", "did you mean training.learning_rate?"),
+        ("lora.r=eight", 'lora.r: found "eight"; expected a whole number'),
+        ("lora.r", "--set lora.r: expected section.key=value"),
+        ("=3", "--set =3: expected section.key=value"),
+        ("lora..r=3", "--set lora..r=3: expected section.key=value"),
+        ("seed.x.y=3", "seed"),
+        ("lora_rank=8", "lora_rank is not a setting here; use lora.r"),
+    ],
+)
+def test_set_is_checked_like_the_file(tmp_path, override, said):
+    assert said in complaint(tmp_path, {**LEAST, "seed": 1}, override)
+
+
+def test_a_dumped_config_loads_back_equal(tmp_path):
+    values = changed("data.system_prompt", '你是莫言秋。\n"引号" \\ \u2028 🌊')
+    values["lora"] = {"target_modules": ["q_proj"], "lora_alpha": 1e-7, "lora_dropout": 0.1}
+    values["seed"] = 2**32 - 1
+    config = load_config(write(tmp_path, values), [])
+    text = dump_config(config)
+    again = load_config(write(tmp_path, text), [])
+    assert again == config
+    assert dump_config(again) == text
+    assert "莫言秋" in text
+    dumped = json.loads(text)
+    for name in setting_names():
+        section, _, key = name.rpartition(".")
+        assert key in (dumped[section] if section else dumped)
+
+
+def test_nothing_changes_a_loaded_config(tmp_path):
+    config = load_config(write(tmp_path, LEAST), [])
+    with pytest.raises(ValueError, match="frozen"):
+        config.lora.r = 3
+
+
+# --- the files of the repository -------------------------------------------------------------------------------------
+
+
+def test_the_schema_file_is_fresh():
+    found = (ROOT / "config" / "schema.json").read_text(encoding="utf-8")
+    assert found == schema_text(), "run python -m persona.config"
+
+
+def test_the_schema_describes_every_setting():
+    schema = json.loads(schema_text())
+    for name in setting_names():
+        section, _, key = name.rpartition(".")
+        owner = schema
+        if section:
+            reference = schema["properties"][section]
+            reference = reference.get("$ref") or reference["allOf"][0]["$ref"]
+            owner = schema["$defs"][reference.rpartition("/")[2]]
+            assert owner["additionalProperties"] is False
+        assert owner["properties"][key]["description"].endswith("."), name
+    assert schema["additionalProperties"] is False
+
+
+def test_the_table_has_every_setting():
+    table = settings_table()
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == setting_names()
+
+
+def test_default_json_loads():
+    path = ROOT / "config" / "default.json"
+    load_config(path, [])
+    schema = json.loads(path.read_text(encoding="utf-8")).get("$schema")
+    assert schema is None or (path.parent / schema).resolve() == (path.parent / "schema.json").resolve()
+
+
+def test_every_preset_loads():
+    presets = sorted((ROOT / "config" / "presets").glob("*.json"))
+    if not presets:
+        pytest.skip("config/presets is empty")
+    assert len(presets) >= 4
+    for path in presets:
+        load_config(path, [])
+        schema = json.loads(path.read_text(encoding="utf-8")).get("$schema")
+        assert schema is None or (path.parent / schema).resolve() == (ROOT / "config" / "schema.json").resolve(), path
+
+
+def test_a_wrong_setting_is_answered_within_a_second():
+    command = [sys.executable, "finetune.py", "--set", "training.learning_rat=1", "--set", "lora.r=0"]
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+        times.append(time.perf_counter() - begun)
+        assert result.returncode == 2
+        assert "2 mistakes" in result.stderr
+        assert "training.learning_rat is not a setting; did you mean training.learning_rate?" in result.stderr
+        assert "lora.r: found 0" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+        if times[-1] < 1:
+            return
+    pytest.fail(f"it took {min(times):.1f} s: something heavy is imported before the settings are checked")
+
+
+# --- every setting has an effect -------------------------------------------------------------------------------------
+
+
+def leaf_reads():
+    """Every (section, key) that code outside config.py reads as `<section>.key`, with the places.
+
+    The section is the name before the key: `config.lora.r`, `self.training.optim`, or a variable or parameter whose
+    annotation is the section's class, such as `lora: Lora`, `data: Data`, and `settings = self.generation`. What is
+    only said in an f-string does not count, and `model.device` alone is a model of torch.
+    """
+    sections = {
+        name: field.annotation.__name__
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+    places = {}
+    files = [*ROOT.glob("*.py"), *(path for path in (ROOT / "persona").rglob("*.py") if path.name != "config.py")]
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        aliases = _aliases(tree, {kind: name for name, kind in sections.items()}, set(sections))
+        said = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load) or id(node) in said:
+                continue
+            if ast.unparse(node.value).endswith("model") and not ast.unparse(node.value).endswith("config.model"):
+                continue
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", None)
+            for section in ({owner} & set(sections)) | aliases.get(owner, set()):
+                places.setdefault(f"{section}.{node.attr}", []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+            if owner == "config":
+                places.setdefault(node.attr, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    return places
+
+
+def _aliases(tree, section_of_class, sections):
+    """Names that stand for a section in a module: annotated with its class, or assigned from `<anything>.section`."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.arg, ast.AnnAssign)) and isinstance(node.annotation, ast.Name):
+            name = node.arg if isinstance(node, ast.arg) else getattr(node.target, "id", None)
+            if node.annotation.id in section_of_class:
+                found.setdefault(name, set()).add(section_of_class[node.annotation.id])
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and node.value.attr in sections:
+            for target in node.targets:
+                found.setdefault(getattr(target, "id", None), set()).add(node.value.attr)
+    return found
+
+
+READS = leaf_reads()
+
+
+@pytest.mark.parametrize("name", setting_names())
+def test_every_setting_is_read_somewhere(name):
+    assert READS.get(name), f"nothing outside config.py reads {name}: it has no effect"
+
+
+def test_the_search_for_readers_finds_no_reader_of_nothing():
+    assert not READS.get("lora.no_such_setting")
+    assert all(place.partition(":")[0] != "persona/config.py" for places in READS.values() for place in places)
