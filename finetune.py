@@ -38,7 +38,8 @@ def main() -> None:
         return
     run = finetune(config, args.resume == "auto", lambda text: print(text, flush=True))
 
-    from persona.curves import draw, read_history
+    from persona.curves import draw
+    from persona.history import read_history
 
     draw([read_history(run.parent)], run.parent / "loss.png", 0.9)
 

@@ -14,7 +14,7 @@ from persona.console import run_script, safe, table
 from persona.errors import UsageError
 
 if TYPE_CHECKING:
-    from persona.curves import History
+    from persona.history import History
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,8 +61,9 @@ def main() -> None:
         raise UsageError("Nothing to draw. Give a run's folder: python plot_loss.py outputs/my_run")
 
     from persona import curves
+    from persona.history import read_history, told_apart
 
-    histories = curves.told_apart([curves.read_history(path) for path in paths])
+    histories = told_apart([read_history(path) for path in paths])
     for history in histories:
         print(summary(history))
         if (shown := curves.drawable(history.name)) != history.name:

@@ -9,7 +9,8 @@ from typing import Any
 
 from persona.config import Config, load_config
 from persona.errors import UsageError
-from persona.sources import fingerprint, resolve_model
+from persona.folders import fingerprint
+from persona.sources import resolve_model
 from persona.storage import ADAPTER_WEIGHTS, publish, write_json
 
 CARD = "persona.json"

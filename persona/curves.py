@@ -1,15 +1,11 @@
-"""A run's history and its picture: what the losses were, which evaluation was best, and one PNG to look at.
+"""The picture of one run's history, or of several laid over each other: one PNG to look at.
 
 It returns values and raises errors, and never prints; it avoids pyplot, which keeps global state and
 may ask for a display.
 """
 
-import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,13 +20,10 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from persona.console import display_width, excerpt
-from persona.errors import DataError, UsageError
+from persona.errors import UsageError
+from persona.history import History, Points, smooth
 
-Points = list[tuple[int, float]]
 Entry = tuple[Line2D, str]  # of a legend
-
-_OURS, _TRANSFORMERS = "metrics.jsonl", "trainer_state.json"
-_EXPECTED = f"Give a run folder such as outputs/my_run, its {_OURS}, or a {_TRANSFORMERS} of transformers."
 
 _INK, _FAINT = "#333333", "#9a9a9a"
 _TRAIN, _EVALUATION = "#2f6db3", "#d9602b"
@@ -44,153 +37,6 @@ PingFang SC,PingFang HK,Hiragino Sans GB,DengXian,SimHei,SimSun,Heiti TC,STHeiti
 Droid Sans Fallback,Arial Unicode MS,Microsoft JhengHei,Yu Gothic,MS Gothic,Malgun Gothic""".replace("\n", "").split(
     ","
 )
-
-
-@dataclass(frozen=True)
-class History:
-    """What a run measured, by step; an evaluation at step 0 is the base model's. Values may be NaN."""
-
-    name: str
-    train: Points
-    evaluations: Points
-    learning_rate: Points
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """The evaluation with the lowest finite loss, the earlier of equals."""
-        return min((point for point in self.evaluations if math.isfinite(point[1])), key=lambda p: p[1], default=None)
-
-    @property
-    def updates(self) -> int:
-        """The last step that was measured."""
-        return max(step for step, _ in self.train + self.evaluations)
-
-    @property
-    def gaps(self) -> int:
-        """How many losses are NaN or infinite and therefore missing from the picture."""
-        return sum(not math.isfinite(loss) for _, loss in self.train + self.evaluations)
-
-
-def read_history(path: Path) -> History:
-    """The history in a run folder, a metrics.jsonl or a trainer_state.json."""
-    file = _history_file(path)
-    text = _text(file)
-    if file.suffix == ".jsonl":
-        lines = list(_metrics_lines(file, text))
-        keys = ("train/loss", "eval/loss", "train/learning_rate")
-    else:
-        lines = [(f"{file}: log_history[{i}]", entry) for i, entry in enumerate(_log_history(file, text))]
-        keys = ("loss", "eval_loss", "learning_rate")
-    train, evaluations, learning_rate = (_points(lines, key) for key in keys)
-    if not train and not evaluations:
-        raise DataError(
-            f"{file}: no losses in it, found {len(lines)} entries without {keys[0]} or {keys[1]}. "
-            "If the run has just begun, try again after its first update."
-        )
-    return History(_name(file), train, evaluations, learning_rate)
-
-
-def _history_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise UsageError(f"{path}: there is no such file or folder. {_EXPECTED}")
-    for file in (path / _OURS, path / _TRANSFORMERS):
-        if file.is_file():
-            return file
-    found = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
-    listing = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
-    inside = sorted(file.parent for pattern in (_OURS, _TRANSFORMERS) for file in path.glob(f"*/{pattern}"))
-    hint = f"Did you mean {' or '.join(map(str, inside[:3]))}?" if inside else _EXPECTED
-    raise UsageError(
-        f"{path}: neither {_OURS} nor {_TRANSFORMERS} in this folder, found {listing or 'nothing'}. {hint}"
-    )
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
-
-
-def _metrics_lines(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place and object; a last line that a killed run left unfinished is no fault."""
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) and line.startswith("{"):
-                return
-            raise DataError(
-                f"{file}:{number}: not a line of JSON, found {excerpt(line)!r}. Remove the line. {_EXPECTED}"
-            ) from error
-        if not isinstance(entry, dict):
-            raise DataError(f'{file}:{number}: expected an object like {{"step": 1, ...}}, found {excerpt(line)!r}.')
-        yield f"{file}:{number}", entry
-
-
-def _log_history(file: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        state = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}), begins with {excerpt(text[:200], 40)!r}. {_EXPECTED}") from error
-    entries = state.get("log_history") if isinstance(state, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        found = f"the keys {', '.join(state)}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise DataError(f'{file}: no list of objects under "log_history", found {excerpt(found)}. {_EXPECTED}')
-    return entries
-
-
-def _points(lines: Sequence[tuple[str, dict[str, Any]]], key: str) -> Points:
-    """`key` by step. Of two lines for a step the later one counts: a resumed run repeats the steps it had lost."""
-    values: dict[int, float] = {}
-    for place, entry in lines:
-        if key not in entry:
-            continue
-        step, value = entry.get("step"), entry[key]
-        if type(step) is not int or step < 0:
-            raise DataError(f'{place}: "step" must be a whole number from 0, found {excerpt(repr(step))}.')
-        if value is not None and type(value) not in (int, float):  # null is how strict JSON writers spell NaN
-            raise DataError(f'{place}: "{key}" must be a number, found {excerpt(repr(value))}.')
-        values[step] = math.nan if value is None else float(value)
-    return sorted(values.items())
-
-
-def _name(file: Path) -> str:
-    if file.name not in (_OURS, _TRANSFORMERS):
-        return file.stem
-    folder = file.resolve().parent
-    return f"{folder.parent.name}/{folder.name}" if re.fullmatch(r"checkpoint-\d+", folder.name) else folder.name
-
-
-def told_apart(histories: Sequence[History]) -> list[History]:
-    """The same histories; where several runs share a name, each after the first gets a number."""
-    seen: Counter[str] = Counter()
-    result = []
-    for history in histories:
-        seen[history.name] += 1
-        count = seen[history.name]
-        result.append(history if count == 1 else replace(history, name=f"{history.name} ({count})"))
-    return result
-
-
-def smooth(values: Sequence[float], factor: float) -> list[float]:
-    """TensorBoard's smoothing: an exponential moving average, divided by the weight it has gathered so far so that the
-    first values are not drawn towards zero. NaN and infinity stay gaps and do not enter the average."""
-    if not 0 <= factor < 1:
-        raise UsageError(f"smoothing must be from 0 (none) to just below 1, found {factor}; 0.9 is usual.")
-    average, weight = 0.0, 0.0
-    smoothed = []
-    for value in values:
-        if math.isfinite(value):
-            average = factor * average + (1 - factor) * value
-            weight = factor * weight + (1 - factor)
-        smoothed.append(average / weight if math.isfinite(value) else math.nan)
-    return smoothed
 
 
 def drawable(name: str) -> str:

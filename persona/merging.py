@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from persona.artifacts import CARD, PersonaCard, check_base, copy_tokenizer
 from persona.errors import DataError, UsageError
-from persona.sources import check_model_folder, tensor_index, weight_files
+from persona.folders import check_model_folder, tensor_index, weight_files
 from persona.storage import ADAPTER_WEIGHTS, publish, write_json
 
 PREFIX = "base_model.model."

@@ -10,7 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 
-class History:
+class MetricsWriter:
     """Writes each line of metrics to metrics.jsonl and to TensorBoard at once."""
 
     def __init__(self, run: Path, logs: Path, kept_bytes: int, step: int) -> None:

@@ -1,7 +1,6 @@
 """One training run from settings to a finished folder: prepare, say what will happen, train or continue, and sum up."""
 
 import json
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +8,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import bitsandbytes
-import peft
 import torch
-import transformers
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from persona.artifacts import PersonaCard, model_card, public_name, write_adapter
+from persona.artifacts import PersonaCard, model_card, write_adapter
 from persona.checkpoints import Progress, latest_checkpoint, load_weights
 from persona.config import Config, dump_config
 from persona.console import dim, duration, excerpt, green, safe, table
@@ -30,11 +25,12 @@ from persona.dataset import (
 )
 from persona.errors import UsageError
 from persona.generation import Speaker
-from persona.metrics import History, peak_memory_gib, perplexity
+from persona.identity import check_same, identity_of, read_identity
+from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
 from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
 from persona.records import Record, read_records
 from persona.render import ChatFormat, Message, chat_format, decode
-from persona.sources import file_sha256, fingerprint, resolve_model
+from persona.sources import resolve_model
 from persona.storage import write_json
 from persona.training import Trainer, choose_optimizer, run_training, stopped_early
 
@@ -42,16 +38,6 @@ MEMORY_ADVICE = (
     "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
     "training.gradient_checkpointing to true, or take a smaller model; then run the same command again to continue."
 )
-# Settings that may differ when a run is continued: they change what is written or used afterwards, not what is learned.
-FREE_SETTINGS = (
-    "training.max_tokens_per_pack",
-    "training.gradient_checkpointing",
-    "training.logging_steps",
-    "training.save_steps",
-    "training.output_dir",
-    "evaluation.max_tokens_per_pack",
-)
-FREE_SECTIONS = ("generation", "export")
 
 
 @dataclass(frozen=True)
@@ -125,12 +111,12 @@ def finetune(config: Config, resume: bool, report: Callable[[str], None]) -> Pat
 
 
 def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
-    identity = _read_run(run)
+    identity = read_identity(run)
     day = date.fromisoformat(identity["date"]) if identity else date.today()
     material = prepare(config, day)
-    current = _identity(material)
+    current = identity_of(config, material.base, material.system, day)
     if identity:
-        _check_same(run, identity, current)
+        check_same(run, identity, current)
         if identity.get("summary") and (run / "adapter").is_dir():
             report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n")
             report(_next_commands(run))
@@ -151,8 +137,8 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
     checkpoint, passed_over = latest_checkpoint(run)
     (run / "config.json").write_text(dump_config(config), encoding="utf-8", newline="\n")
     write_json(run / "run.json", current)
-    history_start = _start_of(checkpoint)
-    history = History(run, Path("logs") / run.name, history_start.history_bytes, history_start.step)
+    start = _start_of(checkpoint)
+    metrics = MetricsWriter(run, Path("logs") / run.name, start.history_bytes, start.step)
     trainer = Trainer(
         run=run,
         model=model,
@@ -162,7 +148,7 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
         evaluation=config.evaluation,
         seed=config.seed,
         accelerator=accelerator,
-        history=history,
+        metrics=metrics,
         report=report,
         progress=Progress(),
     )
@@ -175,7 +161,7 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
     try:
         run_training(trainer)
     finally:
-        history.close()
+        metrics.close()
     return _finish(material, trainer, current, precision, report)
 
 
@@ -199,68 +185,6 @@ def _set_aside(run: Path, report: Callable[[str], None]) -> None:
     if logs.is_dir():
         shutil.move(logs, Path("logs") / target.name)
     report(f"The earlier run was set aside as {target}.")
-
-
-def _read_run(run: Path) -> dict[str, Any] | None:
-    path = run / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _identity(material: Material) -> dict[str, Any]:
-    """What a run is: what must be the same when it is continued, and the versions it was made with."""
-    config = material.config
-    learned = {
-        name: dict(values) if isinstance(values, dict) else values for name, values in config.model_dump().items()
-    }
-    for section in FREE_SECTIONS:
-        del learned[section]
-    for setting in FREE_SETTINGS:
-        section, _, key = setting.partition(".")
-        del learned[section][key]
-    files = (config.data.train_file, config.data.validation_file, config.data.settings_file)
-    return {
-        "date": material.day.isoformat(),
-        "settings": learned,
-        "data_sha256": {name: file_sha256(Path(name)) for name in files if name is not None},
-        "system_prompt": material.system,
-        "base": {"name": public_name(config.model.name_or_path), "fingerprint": fingerprint(material.base)},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "accelerate": accelerate.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
-        },
-    }
-
-
-def _check_same(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `UsageError` listing what differs from the run that `run` holds."""
-    differences = []
-    for section, values in now["settings"].items():
-        old = before["settings"].get(section)
-        pairs = [(section, old, values)]
-        if isinstance(values, dict):
-            pairs = [(f"{section}.{key}", (old or {}).get(key), value) for key, value in values.items()]
-        differences += [f"{name}: was {json.dumps(a)}, is {json.dumps(b)}" for name, a, b in pairs if a != b]
-    if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
-        differences.append("the base model's weights")
-    if before["system_prompt"] != now["system_prompt"]:
-        differences.append("the system prompt's text")
-    differences += [
-        f"the contents of {name}"
-        for name, digest in now["data_sha256"].items()
-        if before["data_sha256"].get(name, digest) != digest
-    ]
-    if differences:
-        raise UsageError(
-            f"{run} holds a run that differs from this one in:\n"
-            + "\n".join(f"  - {line}" for line in differences)
-            + "\n"
-            "Choose another folder (--set training.output_dir=outputs/NAME), or start over with --resume never, which "
-            "sets the earlier run aside."
-        )
 
 
 def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:

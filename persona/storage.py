@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from persona.sources import file_sha256
+from persona.folders import file_sha256
 
 MARKER = "COMPLETE.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -22,7 +22,7 @@ from persona.checkpoints import Progress, load_checkpoint, prune, save_checkpoin
 from persona.config import Evaluation, Training
 from persona.dataset import Conversation
 from persona.errors import Diverged, EnvironmentFault, Interrupted
-from persona.metrics import History, peak_memory_gib, perplexity
+from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
 from persona.packing import can_share, negative_log_likelihood, pack, plan_packs
 from persona.plan import conversations_of, total_updates, updates_per_epoch
 from persona.render import Example
@@ -65,7 +65,7 @@ class Trainer:
     evaluation: Evaluation
     seed: int
     accelerator: Accelerator
-    history: History
+    metrics: MetricsWriter
     report: Callable[[str], None]
     progress: Progress
 
@@ -143,7 +143,7 @@ def _one_update(trainer: Trainer, stop: StopRequest) -> None:
             "train/tokens_per_second": tokens / (time.perf_counter() - begun),
             "train/peak_memory_gib": peak_memory_gib(trainer.device),
         }
-        trainer.history.write(progress.step, progress.step / trainer.per_epoch, values)
+        trainer.metrics.write(progress.step, progress.step / trainer.per_epoch, values)
         left = (progress.seconds + time.perf_counter() - begun) / progress.step * (trainer.total - progress.step)
         trainer.report(
             f"update {progress.step:>4}/{trainer.total}  loss {loss:6.3f}  grad {norm:6.2f}  "
@@ -214,7 +214,7 @@ def _evaluate_and_log(trainer: Trainer) -> float:
             "training.learning_rate or use training.precision bf16 or fp32."
         )
     values = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
-    trainer.history.write(progress.step, progress.step / trainer.per_epoch, values)
+    trainer.metrics.write(progress.step, progress.step / trainer.per_epoch, values)
     return loss
 
 
@@ -240,7 +240,7 @@ def _is_due(trainer: Trainer, every: int | None) -> bool:
 
 
 def _save(trainer: Trainer) -> None:
-    trainer.progress.history_bytes = trainer.history.size
+    trainer.progress.history_bytes = trainer.metrics.size
     save_checkpoint(
         trainer.run,
         trainer.model,

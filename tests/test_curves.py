@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from persona import curves
-from persona.curves import History, draw, drawable, read_history, smooth, told_apart
+from persona.curves import draw, drawable
 from persona.errors import DataError, UsageError
+from persona.history import History, read_history, smooth, told_apart
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_model
 
-from persona import sources
+from persona import folders, sources
 from persona.errors import EnvironmentFault, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def test_a_missing_shard_is_named(tiny_model, tmp_path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    assert sources.missing_parts(folder) == ["model-00002-of-00002.safetensors"]
+    assert folders.missing_parts(folder) == ["model-00002-of-00002.safetensors"]
 
 
 def test_a_file_that_is_no_gguf(tmp_path):
@@ -71,7 +71,7 @@ def test_a_file_that_is_no_gguf(tmp_path):
 
 
 def test_the_fingerprint_is_of_the_weights_and_not_of_the_files(tiny_model, tmp_path):
-    before = sources.fingerprint(tiny_model)
+    before = folders.fingerprint(tiny_model)
     weights = load_file(tiny_model / "model.safetensors")
     halves = tmp_path / "halves"
     halves.mkdir()
@@ -81,12 +81,12 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_files(tiny_model, tmp_
         save_file({name: weights[name] for name in chosen}, halves / file)
     index = {"weight_map": {name: file for file, chosen in parts.items() for name in chosen}}
     (halves / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    assert sources.fingerprint(halves) == before
+    assert folders.fingerprint(halves) == before
     weights[names[0]] = weights[names[0]] + 1
     other = tmp_path / "other"
     other.mkdir()
     save_file(weights, other / "model.safetensors")
-    assert sources.fingerprint(other) != before
+    assert folders.fingerprint(other) != before
 
 
 def fake_wheel(path: Path, gguf: bytes) -> str:
@@ -165,17 +165,17 @@ def test_a_gguf_file_becomes_the_same_model(cache, tiny_model, tmp_path):
     path = tmp_path / "部分 tiny.gguf"
     expected = write_llama_gguf(GGUFWriter(path, "llama"), tiny_model)
     folder = sources.resolve_model(str(path))
-    assert sources.missing_parts(folder) == []
+    assert folders.missing_parts(folder) == []
     found = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
         torch.testing.assert_close(found[name], expected[name].to(torch.float16))
-    assert "quantization_config" not in sources.read_config(folder)
+    assert "quantization_config" not in folders.read_config(folder)
     assert sources.resolve_model(str(path)) == folder
 
 
 def write_llama_gguf(writer, model):
     """`model` as a float32 GGUF with the names that llama.cpp uses; returns its tensors under their own names."""
-    config, weights = sources.read_config(model), load_file(model / "model.safetensors")
+    config, weights = folders.read_config(model), load_file(model / "model.safetensors")
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     writer.add_context_length(config["max_position_embeddings"])

@@ -1,0 +1,80 @@
+"""What a run is, so that only the same run is continued: settings, data, base model, system prompt."""
+
+import json
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from persona.artifacts import public_name
+from persona.config import Config
+from persona.errors import UsageError
+from persona.folders import file_sha256, fingerprint
+
+# Settings that may differ when a run is continued: they change what is written or used afterwards, not what is learned.
+FREE_SETTINGS = (
+    "training.max_tokens_per_pack",
+    "training.gradient_checkpointing",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.output_dir",
+    "evaluation.max_tokens_per_pack",
+)
+FREE_SECTIONS = ("generation", "export")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+def read_identity(run: Path) -> dict[str, Any] | None:
+    """The identity that an earlier start left in `run`, or None."""
+    path = run / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def identity_of(config: Config, base: Path, system: str | None, day: date) -> dict[str, Any]:
+    """What must be the same when a run is continued, and the versions it was made with."""
+    learned = {
+        name: dict(values) if isinstance(values, dict) else values for name, values in config.model_dump().items()
+    }
+    for section in FREE_SECTIONS:
+        del learned[section]
+    for setting in FREE_SETTINGS:
+        section, _, key = setting.partition(".")
+        del learned[section][key]
+    files = (config.data.train_file, config.data.validation_file, config.data.settings_file)
+    return {
+        "date": day.isoformat(),
+        "settings": learned,
+        "data_sha256": {name: file_sha256(Path(name)) for name in files if name is not None},
+        "system_prompt": system,
+        "base": {"name": public_name(config.model.name_or_path), "fingerprint": fingerprint(base)},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def check_same(run: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `UsageError` listing what differs from the run that `run` holds."""
+    differences = []
+    for section, values in now["settings"].items():
+        old = before["settings"].get(section)
+        pairs = [(section, old, values)]
+        if isinstance(values, dict):
+            pairs = [(f"{section}.{key}", (old or {}).get(key), value) for key, value in values.items()]
+        differences += [f"{name}: was {json.dumps(a)}, is {json.dumps(b)}" for name, a, b in pairs if a != b]
+    if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
+        differences.append("the base model's weights")
+    if before["system_prompt"] != now["system_prompt"]:
+        differences.append("the system prompt's text")
+    differences += [
+        f"the contents of {name}"
+        for name, digest in now["data_sha256"].items()
+        if before["data_sha256"].get(name, digest) != digest
+    ]
+    if differences:
+        raise UsageError(
+            f"{run} holds a run that differs from this one in:\n"
+            + "\n".join(f"  - {line}" for line in differences)
+            + "\n"
+            "Choose another folder (--set training.output_dir=outputs/NAME), or start over with --resume never, which "
+            "sets the earlier run aside."
+        )
