@@ -20,6 +20,8 @@ def main() -> None:
                         help="auto continues an interrupted run; never sets it aside and starts over")  # fmt: skip
     parser.add_argument("--show", type=int, metavar="N", help="print N examples as the model sees them, and stop")
     args = parser.parse_args()
+    if args.show is not None and args.show < 1:
+        parser.error(f"--show takes a number from 1 on, not {args.show}")
 
     from persona.config import load_config
 
@@ -27,14 +29,18 @@ def main() -> None:
 
     from datetime import date
 
+    from persona.dataset import read_data
     from persona.sources import resolve_model
 
+    read_data(config.data, config.seed)  # mistakes in the data come before a download
     resolve_model(config.model.name_or_path)  # before transformers is imported: a local model switches the hub off
 
     from persona.run import finetune, prepare, show_examples
 
     if args.show is not None:
-        print(show_examples(prepare(config, date.today()), args.show, colour_wanted()))
+        material = prepare(config, date.today())
+        print(show_examples(material, args.show, colour_wanted()))
+        print("".join(f"note: {note}\n" for note in material.notes), end="")
         return
     run = finetune(config, args.resume == "auto", lambda text: print(text, flush=True))
 

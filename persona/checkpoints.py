@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from persona.errors import EnvironmentFault, UsageError
@@ -31,6 +32,8 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     evaluations_without_improvement: int = 0
+    overflows: int = 0
+    """Updates in a row that fp16 could not represent."""
     base_loss: float | None = None
     """Held-out loss before the first update."""
     tokens: int = 0
@@ -75,10 +78,10 @@ def save_checkpoint(
             {"progress": asdict(progress), "scheduler": scheduler.state_dict(), "scaler": scaling},
         )
         publish(staging, folder, marked=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise EnvironmentFault(
-            f"The checkpoint of step {progress.step} could not be written to {run}: {error.strerror or error}. "
+            f"The checkpoint of step {progress.step} could not be written to {run}: {error}. "
             "Earlier checkpoints are untouched; make space and run the same command again to continue."
         ) from None
     return folder
@@ -91,7 +94,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of `run`, and why newer ones were passed over.
+    """The newest complete checkpoint of `run`, and why newer ones were put out of the way.
 
     Raises `UsageError` when the folder holds checkpoints of another tool.
     """
@@ -105,6 +108,9 @@ def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
         fault = fault_in(folder)
         if fault is None:
             return folder, skipped
+        broken = folder.with_name(f".broken-{folder.name}")  # out of the way of counting and of the next save
+        shutil.rmtree(broken, ignore_errors=True)
+        folder.rename(broken)
         skipped.append(f"{folder.name} passed over: {fault}")
     return None, skipped
 

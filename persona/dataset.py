@@ -15,8 +15,9 @@ Conversation = tuple[Example, ...]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rendered conversations, and one line for each that was left out."""
+    """Rendered conversations with the records they come from, and one line for each record that was left out."""
 
+    records: list[Record]
     conversations: list[Conversation]
     left_out: list[str]
 
@@ -49,11 +50,11 @@ def read_system_prompt(text: str | None, option: str) -> str | None:
 
 
 def choose_system_prompt(data: Data, records: Sequence[Record]) -> str | None:
-    """The system prompt of the run: the setting, or the most frequent one in the training data."""
+    """The system prompt of the run: the setting, or the most frequent one in the training file's `records`."""
     if data.system_prompt is not None:
         return read_system_prompt(data.system_prompt, "data.system_prompt")
-    counts = Counter(record.system for record in records)
-    return counts.most_common(1)[0][0]
+    counts = Counter(record.system for record in records if record.system is not None)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def with_system(record: Record, system: str | None) -> list[Message]:
@@ -64,21 +65,46 @@ def with_system(record: Record, system: str | None) -> list[Message]:
 
 def render_records(records: Sequence[Record], fmt: ChatFormat, system: str | None, max_length: int) -> Dataset:
     """Every conversation rendered; one that cannot be learned is left out whole, with its reason."""
-    conversations, left_out = [], []
+    kept: list[Record] = []
+    conversations: list[Conversation] = []
+    left_out: list[str] = []
     for number, record in enumerate(records, 1):
         try:
             conversations.append(tuple(render(with_system(record, system), fmt, max_length)))
+            kept.append(record)
         except Untrainable as error:
             place = f"{record.meta.get('source', 'record')} {record.meta.get('group', number)}"
             left_out.append(f"{place}: {error}")
     if records and not conversations:
         raise DataError(f"None of the {len(records)} conversations can be learned. The first reason: {left_out[0]}")
-    return Dataset(conversations, left_out)
+    return Dataset(kept, conversations, left_out)
 
 
-def read_training_records(data: Data, seed: int) -> list[Record]:
+@dataclass(frozen=True)
+class Records:
+    """What the data settings name, read but not rendered."""
+
+    train: list[Record]
     """The training conversations, then the settings repeated by their weight."""
-    records = read_records(Path(data.train_file))
-    if data.settings_file is not None:
-        records = records + repeat_weighted(read_records(Path(data.settings_file)), data.settings_weight, seed)
-    return records
+    held_out: list[Record]
+    system: str | None
+    """The run's system prompt."""
+
+    @property
+    def shared(self) -> int:
+        """How many held-out conversations are also trained on."""
+        trained = {_text(record) for record in self.train}
+        return sum(_text(record) in trained for record in self.held_out)
+
+
+def _text(record: Record) -> str:
+    return "\n".join(" ".join(message["content"].split()) for message in record.turns)
+
+
+def read_data(data: Data, seed: int) -> Records:
+    """Read every file that the data settings name; raises `DataError` or `UsageError` with the place."""
+    train = read_records(Path(data.train_file))
+    held_out = read_records(Path(data.validation_file)) if data.validation_file is not None else []
+    settings = read_records(Path(data.settings_file)) if data.settings_file is not None else []
+    system = choose_system_prompt(data, train)
+    return Records([*train, *repeat_weighted(settings, data.settings_weight, seed)], held_out, system)

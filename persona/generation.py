@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from persona.artifacts import PersonaCard, check_base, read_card
 from persona.config import Config, Generation
 from persona.modeling import choose_device, choose_precision, load_adapter, load_base, load_tokenizer, stop_ids
-from persona.render import ChatFormat, Message, chat_format, fit
+from persona.render import ChatFormat, Message, chat_format, fit, prompt_room
 
 
 class _Streamer(BaseStreamer):
@@ -54,7 +54,7 @@ class Speaker:
     fmt: ChatFormat
     generation: Generation
     max_length: int
-    """Most tokens of a prompt and its reply together; older exchanges are dropped to fit, as in training."""
+    """`data.max_length`; older exchanges are dropped from a prompt to fit, as in training."""
     card: PersonaCard | None
     kind: str
     """`adapter`, `model` (merged) or `base`."""
@@ -69,8 +69,7 @@ class Speaker:
 
         Raises `Untrainable` when system prompt and last message alone are too long.
         """
-        room = max(self.max_length - self.generation.max_new_tokens, self.max_length // 2)
-        prompt, _ = fit(messages, self.fmt, room)
+        prompt, _ = fit(messages, self.fmt, prompt_room(self.max_length))
         streamer = _Streamer(self, write)
         plain = isinstance(self.model, PeftModel) and not adapter
         with self.model.disable_adapter() if plain else nullcontext(), torch.no_grad():
@@ -105,7 +104,7 @@ def load_speaker(config: Config, base: Path, adapter: Path | None, in_4bit: bool
     day = date.fromisoformat(card.date) if card is not None else date.today()
     tokenizer = load_tokenizer(base, config.model.chat_template, day)
     template = (adapter or base) / "chat_template.jinja"
-    if template.is_file():
+    if template.is_file() and (adapter is not None or card is not None):  # as trained, dates fixed
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     quantization = config.quantization.model_copy(update={"load_in_4bit": in_4bit})
     model = load_base(base, quantization, precision, device)

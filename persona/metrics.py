@@ -17,14 +17,15 @@ class MetricsWriter:
         """Continue after `kept_bytes` of metrics.jsonl, written up to update `step`."""
         run.mkdir(parents=True, exist_ok=True)
         self._file = (run / "metrics.jsonl").open("a+b")
-        self._file.truncate(kept_bytes)
-        self._file.seek(kept_bytes)
-        # events of updates that a crash lost are hidden by TensorBoard from purge_step on
-        self._board = SummaryWriter(str(logs), purge_step=step + 1 if kept_bytes else None)
+        self._file.truncate(min(kept_bytes, self._file.seek(0, 2)))
+        self._file.seek(0, 2)
+        # TensorBoard hides events from purge_step on: updates that a crash lost, or those of an earlier run
+        self._board = SummaryWriter(str(logs), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line of metrics after update `step`."""
-        line = json.dumps({"step": step, "epoch": round(epoch, 4)} | values)
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        line = json.dumps({"step": step, "epoch": round(epoch, 4)} | finite)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         for tag, value in values.items():

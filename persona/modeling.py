@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -35,8 +36,11 @@ def enough_memory(advice: str) -> Iterator[None]:
     """Turn a device's lack of memory inside into `OutOfMemory` with `advice`."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"The device's memory is full ({str(error).splitlines()[0]}). {advice}") from None
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch on the CPU has no type for it
+            raise
+        reason = (str(error).splitlines() or ["no memory left"])[0]
+        raise OutOfMemory(f"The memory is full ({reason}). {advice}") from None
 
 
 def choose_device(setting: str) -> torch.device:
@@ -58,7 +62,8 @@ def choose_precision(setting: str, device: torch.device) -> str:
         return setting
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
 
 
 def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
@@ -75,10 +80,15 @@ def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
         path = Path(chat_template)
         if not path.is_file():
             raise UsageError(f"model.chat_template: {path} does not exist; null takes the model's own template.")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"model.chat_template: {path} is not UTF-8 text.") from None
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if not tokenizer.chat_template:
+        if not tokenizer.eos_token:
+            raise UsageError(f"The tokenizer in {folder} has neither a chat template nor an end token; it cannot chat.")
         tokenizer.chat_template = BUILTIN_TEMPLATE
     tokenizer.chat_template = freeze_date(tokenizer.chat_template, day)
     return tokenizer
@@ -113,12 +123,14 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
     """The frozen base model on `device`, in 4 bits or in the run's precision."""
     dtype = DTYPES[precision]
     options: dict[str, Any] = {"quantization_config": quantization_config(quantization, dtype)}
+    load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = load(
             folder,
             dtype=dtype,
             device_map={"": str(device)},
             trust_remote_code=False,
+            output_loading_info=True,
             **(options if quantization.load_in_4bit else {}),
         )
     except ImportError as error:
@@ -126,10 +138,15 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
             f"The base model cannot be held in 4 bits here: {error}. Install the pinned requirements, or set "
             "quantization.load_in_4bit to false."
         ) from None
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise UsageError(f"{folder} needs code of its own to load, which this toolkit never runs.") from None
+    except (ValueError, KeyError, SafetensorError) as error:
+        remote = " It needs code of its own to load, which this toolkit never runs." if "remote" in str(error) else ""
+        raise UsageError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}.{remote}") from None
+    # transformers fills what the files lack with random numbers and only logs it
+    if lacking := sorted(found["missing_keys"]) or sorted(str(key[0]) for key in found["mismatched_keys"]):
+        raise UsageError(
+            f"{folder} lacks {len(lacking)} tensors of a {model.config.model_type} model, or has them in other shapes, "
+            f"such as {lacking[0]}. Copy or download it again completely."
+        )
     model.requires_grad_(False)
     model.config.use_cache = False
     keep_gradients_in_4bit(model)

@@ -32,7 +32,8 @@ class Pack:
 
 def can_share(config: Any, longest: int) -> bool:
     """Whether a model of this configuration may be given prefix trees of up to `longest` positions."""
-    if config.model_type not in SHARING:
+    # eager attention would add the mask to the scores instead of choosing by it
+    if config.model_type not in SHARING or config._attn_implementation != "sdpa":
         return False
     window = getattr(config, "sliding_window", None)
     layers = getattr(config, "layer_types", None)

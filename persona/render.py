@@ -19,7 +19,7 @@ from persona.errors import DataError, UsageError
 
 Message = dict[str, str]
 
-# For a base model without a template of its own; {eos} is written by `builtin_template`.
+# For a base model without a template of its own
 BUILTIN_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
     "{% elif message['role'] == 'user' %}{{ '### User:\\n' + message['content'] + '\\n\\n' }}"
@@ -276,6 +276,11 @@ def fit(messages: Sequence[Message], fmt: ChatFormat, limit: int) -> tuple[list[
     raise Untrainable(f"system prompt and last message alone take {len(ids)} tokens, over the limit of {limit}")
 
 
+def prompt_room(max_length: int) -> int:
+    """Tokens that a prompt may have, in training and in chat alike; the rest of `max_length` is for the reply."""
+    return max_length * 3 // 4
+
+
 def render(messages: Sequence[Message], fmt: ChatFormat, max_length: int) -> list[Example]:
     """One example for each assistant reply in `messages`, in order; raises `Untrainable` with the reason."""
     examples = []
@@ -283,8 +288,11 @@ def render(messages: Sequence[Message], fmt: ChatFormat, max_length: int) -> lis
         if message["role"] != "assistant":
             continue
         reply = reply_ids(message["content"], fmt)
-        if len(reply) >= max_length:
-            raise Untrainable(f"a reply of {len(reply)} tokens does not fit into data.max_length {max_length}")
-        prompt, _ = fit(messages[:position], fmt, max_length - len(reply))
+        prompt, _ = fit(messages[:position], fmt, prompt_room(max_length))
+        if len(prompt) + len(reply) > max_length:
+            raise Untrainable(
+                f"a reply of {len(reply)} tokens behind {len(prompt)} of context does not fit into data.max_length "
+                f"{max_length}"
+            )
         examples.append(Example(tuple(prompt), tuple(reply)))
     return examples

@@ -1,7 +1,6 @@
 """One training run from settings to a finished folder: prepare, say what will happen, train or continue, and sum up."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -16,27 +15,22 @@ from persona.artifacts import PersonaCard, model_card, write_adapter
 from persona.checkpoints import Progress, latest_checkpoint, load_weights
 from persona.config import Config, dump_config
 from persona.console import dim, duration, excerpt, green, safe, table
-from persona.dataset import (
-    Dataset,
-    choose_system_prompt,
-    read_training_records,
-    render_records,
-    with_system,
-)
+from persona.dataset import Dataset, Records, read_data, render_records, with_system
 from persona.errors import UsageError
+from persona.folders import read_config
 from persona.generation import Speaker
 from persona.identity import check_same, identity_of, read_identity
 from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
 from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
-from persona.records import Record, read_records
 from persona.render import ChatFormat, Message, chat_format, decode
+from persona.run_folder import log_folder, next_commands, open_run, set_aside
 from persona.sources import resolve_model
-from persona.storage import write_json
-from persona.training import Trainer, choose_optimizer, run_training, stopped_early
+from persona.storage import write_json, write_text
+from persona.training import Trainer, best_checkpoint, choose_optimizer, run_training, stopped_early
 
 MEMORY_ADVICE = (
     "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
-    "training.gradient_checkpointing to true, or take a smaller model; then run the same command again to continue."
+    "training.gradient_checkpointing to true, and run the same command again to continue; or take a smaller model."
 )
 
 
@@ -50,34 +44,44 @@ class Material:
     system: str | None
     train: Dataset
     held_out: Dataset
-    sample: list[Message]
-    """The first held-out conversation up to its first reply: what the tuned model is asked at the end."""
+    notes: list[str]
     day: date
 
 
 def prepare(config: Config, day: date) -> Material:
-    """Resolve the model, read and render the data; raises the errors a user can cause before anything heavy happens."""
-    records = read_training_records(config.data, config.seed)
-    held_out = read_records(Path(config.data.validation_file)) if config.data.validation_file is not None else []
-    system = choose_system_prompt(config.data, records)
+    """Read and render the data with the model's tokenizer; raises the errors a user can cause."""
+    data, limit = read_data(config.data, config.seed), config.data.max_length
     base = resolve_model(config.model.name_or_path)
+    longest = read_config(base).get("max_position_embeddings")
+    if longest is not None and limit > longest:
+        raise UsageError(f"data.max_length is {limit}, but this model reads at most {longest} tokens; lower it.")
     fmt = chat_format(load_tokenizer(base, config.model.chat_template, day))
-    limit = config.data.max_length
-    first = (held_out or records)[0]
-    return Material(
-        config,
-        base,
-        fmt,
-        system,
-        render_records(records, fmt, system, limit),
-        render_records(held_out, fmt, system, limit),
-        _until_reply(first, system),
-        day,
-    )
+    train = render_records(data.train, fmt, data.system, limit)
+    held_out = render_records(data.held_out, fmt, data.system, limit)
+    return Material(config, base, fmt, data.system, train, held_out, _notes(data, fmt, train, held_out), day)
 
 
-def _until_reply(record: Record, system: str | None) -> list[Message]:
-    messages = with_system(record, system)
+def _notes(data: Records, fmt: ChatFormat, train: Dataset, held_out: Dataset) -> list[str]:
+    """What a person should know about template and data before training."""
+    injected = "without a system prompt"
+    notes = [note for note in fmt.notes if data.system is None or injected not in note]
+    if data.shared:
+        notes.append(
+            f"{data.shared} of {len(data.held_out)} held-out conversations are also in the training data: the held-out "
+            "loss will look too good"
+        )
+    if data.system is not None and all(record.system not in (None, data.system) for record in train.records):
+        notes.append("every conversation has a system prompt of its own; data.system_prompt is learned by none of them")
+    left_out = [*train.left_out, *held_out.left_out]
+    if left_out:
+        notes.append(f"{len(left_out)} conversations are left out, as they cannot be learned exactly:")
+        notes += [f"  {excerpt(line, 160)}" for line in left_out[:5]]
+    return notes
+
+
+def _question(material: Material) -> list[Message]:
+    """The first held-out conversation up to its first reply: what the tuned model is asked at the end."""
+    messages = with_system((material.held_out.records or material.train.records)[0], material.system)
     return messages[: next(i for i, message in enumerate(messages) if message["role"] == "assistant")]
 
 
@@ -96,14 +100,12 @@ def show_examples(material: Material, count: int, colour: bool) -> str:
 
 def finetune(config: Config, resume: bool, report: Callable[[str], None]) -> Path:
     """Train, or continue, the run that `config` describes; returns the finished adapter's folder."""
-    run = Path(config.training.output_dir)
-    run.mkdir(parents=True, exist_ok=True)
+    run = open_run(Path(config.training.output_dir))
     try:
-        with FileLock(run / ".lock", timeout=0):
+        with FileLock(run / ".lock", timeout=0), enough_memory(MEMORY_ADVICE):
             if not resume:
-                _set_aside(run, report)
-            with enough_memory(MEMORY_ADVICE):
-                return _finetune(config, run, report)
+                set_aside(run, report)
+            return _finetune(config, run, report)
     except Timeout:
         raise UsageError(
             f"Another process is training in {run} right now; wait for it or choose another folder."
@@ -111,80 +113,78 @@ def finetune(config: Config, resume: bool, report: Callable[[str], None]) -> Pat
 
 
 def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
-    identity = read_identity(run)
-    day = date.fromisoformat(identity["date"]) if identity else date.today()
+    earlier = read_identity(run)
+    checkpoint, passed_over = latest_checkpoint(run)
+    day = date.fromisoformat(earlier["date"]) if earlier and checkpoint else date.today()
     material = prepare(config, day)
-    current = identity_of(config, material.base, material.system, day)
-    if identity:
-        check_same(run, identity, current)
-        if identity.get("summary") and (run / "adapter").is_dir():
-            report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n")
-            report(_next_commands(run))
-            return run / "adapter"
     device = choose_device(config.model.device)
     precision = choose_precision(config.training.precision, device)
-    # the card is the one choose_device found; accelerate may add scaling of the loss (fp16), not change the device
+    optimizer = choose_optimizer(config.training.optim, device)
+    current = identity_of(
+        config,
+        material.base,
+        material.system,
+        day,
+        {"device": device.type, "precision": precision, "optimizer": optimizer},
+    )
+    if checkpoint is not None:  # before the first one there is nothing that could be continued wrongly
+        check_same(run, earlier, current)
+        if earlier and earlier.get("summary") and (run / "adapter").is_dir():
+            report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n\n{next_commands(run)}")
+            return run / "adapter"
+    # accelerate may add scaling of the loss (fp16); it does not change the device
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
         raise UsageError(
             "Training on several devices at once is not possible yet; start finetune.py without accelerate."
         )
     report(f"Loading {config.model.name_or_path} ...")
+    trainer = _trainer(material, run, accelerator, precision, checkpoint, current["base"]["name"], report)
+    try:
+        write_text(run / "config.json", dump_config(config))
+        write_json(run / "run.json", current)
+        report(_arithmetic(material, trainer, precision))
+        for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
+            report(line)
+        run_training(trainer)
+    finally:
+        trainer.metrics.close()
+    return _finish(material, trainer, current, precision, report)
+
+
+def _trainer(
+    material: Material,
+    run: Path,
+    accelerator: Accelerator,
+    precision: str,
+    checkpoint: Path | None,
+    base_name: str,
+    report: Callable[[str], None],
+) -> Trainer:
+    config = material.config
     base = load_base(material.base, config.quantization, precision, accelerator.device)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = add_adapter(base, config.lora, config.seed, current["base"]["name"])
-    checkpoint, passed_over = latest_checkpoint(run)
-    (run / "config.json").write_text(dump_config(config), encoding="utf-8", newline="\n")
-    write_json(run / "run.json", current)
     start = _start_of(checkpoint)
-    metrics = MetricsWriter(run, Path("logs") / run.name, start.history_bytes, start.step)
-    trainer = Trainer(
+    return Trainer(
         run=run,
-        model=model,
+        model=add_adapter(base, config.lora, config.seed, base_name),
         train=material.train.conversations,
         held_out=material.held_out.conversations,
         training=config.training,
         evaluation=config.evaluation,
         seed=config.seed,
         accelerator=accelerator,
-        metrics=metrics,
+        metrics=MetricsWriter(run, log_folder(run), start.history_bytes, start.step),
         report=report,
         progress=Progress(),
     )
-    report(_arithmetic(material, trainer, precision))
-    for line in passed_over:
-        report(line)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        report(f"Continuing after update {trainer.progress.step} ({checkpoint}).")
-    try:
-        run_training(trainer)
-    finally:
-        metrics.close()
-    return _finish(material, trainer, current, precision, report)
 
 
 def _start_of(checkpoint: Path | None) -> Progress:
     if checkpoint is None:
         return Progress()
     return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["progress"])
-
-
-def _set_aside(run: Path, report: Callable[[str], None]) -> None:
-    """Move what an earlier run left in `run` to a folder of its own, so that a new one starts from nothing."""
-    left = [path for path in run.iterdir() if path.name != ".lock"]
-    if not left:
-        return
-    number = next(n for n in range(1, 10_000) if not run.with_name(f"{run.name}.{n}").exists())
-    target = run.with_name(f"{run.name}.{number}")
-    target.mkdir()
-    for path in left:
-        path.rename(target / path.name)
-    logs = Path("logs") / run.name
-    if logs.is_dir():
-        shutil.move(logs, Path("logs") / target.name)
-    report(f"The earlier run was set aside as {target}.")
 
 
 def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
@@ -207,15 +207,9 @@ def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
         ("adapter", f"r={config.lora.r} on {len(set(_adapted(trainer.model)))} kinds of layers, {trainable:,} weights"),
         ("optimizer", f"{choose_optimizer(config.training.optim, trainer.device)}, "
          f"{config.training.lr_scheduler_type}, peak {config.training.learning_rate:g}"),
-        ("TensorBoard", f"tensorboard --logdir logs  (this run: logs/{Path(config.training.output_dir).name})"),
+        ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
     ]  # fmt: skip
-    notes = [
-        f"  note: {note}" for note in material.fmt.notes if material.system is None or "without a system" not in note
-    ]
-    left_out = [*train.left_out, *held_out.left_out]
-    if left_out:
-        notes.append(f"  note: {len(left_out)} conversations are left out, as they cannot be learned exactly:")
-        notes += [f"    {excerpt(line, 160)}" for line in left_out[:5]]
+    notes = [f"  note: {note}" for note in material.notes]
     return "\n".join([table(rows), *notes])
 
 
@@ -232,35 +226,39 @@ def _adapted(model: Any) -> list[str]:
 def _finish(
     material: Material, trainer: Trainer, identity: dict[str, Any], precision: str, report: Callable[[str], None]
 ) -> Path:
-    """Keep the best adapter, measure, let it speak once, and say what comes next."""
-    progress, run, config = trainer.progress, trainer.run, material.config
-    best = progress.best_step if progress.best_step is not None else progress.step
-    checkpoint = run / f"checkpoint-{best}"
+    """Keep the best adapter, sum up, let it speak once, and say what comes next."""
+    run = trainer.run
+    checkpoint = best_checkpoint(trainer)
     load_weights(trainer.model, checkpoint)
-    facts = _summary(trainer, best, precision)
-    card = PersonaCard(
-        identity["base"]["name"], identity["base"]["fingerprint"], material.system, material.day.isoformat()
-    )
+    facts = _summary(trainer, checkpoint, precision)
+    base, day = identity["base"], material.day.isoformat()
+    card = PersonaCard(base["name"], base["fingerprint"], material.system, day)
     note = "The base model's licence applies to this adapter too; read it before you publish."
     text = model_card(card, run.name, facts, note)
     adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, card, text)
-    pieces: list[str] = []
+    write_json(run / "run.json", identity | {"summary": facts})
+    report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
+    report(table([("adapter", adapter.as_posix()), *facts.items()]))
+    question = _question(material)
+    report(
+        f"\n  asked: {safe(question[-1]['content'])}\n  says:  {safe(_speak_once(material, trainer, card, question))}\n"
+    )
+    report(next_commands(run))
+    return adapter
+
+
+def _speak_once(material: Material, trainer: Trainer, card: PersonaCard, question: list[Message]) -> str:
+    config = material.config
     torch.manual_seed(config.seed)
     trainer.model.eval()
     speaker = Speaker(trainer.model, material.fmt, config.generation, config.data.max_length, card, "adapter")
     with trainer.accelerator.autocast():
-        speaker.reply(material.sample, pieces.append)
-    write_json(run / "run.json", identity | {"summary": facts})
-    report("\nDone." if not stopped_early(trainer) else "\nDone: stopped early, the held-out loss no longer improves.")
-    report(table([("adapter", adapter.as_posix()), *facts.items()]))
-    report(f"\n  asked: {safe(material.sample[-1]['content'])}\n  says:  {safe(''.join(pieces))}\n")
-    report(_next_commands(run))
-    return adapter
+        return speaker.reply(question, lambda _: None)
 
 
-def _summary(trainer: Trainer, best: int, precision: str) -> dict[str, str]:
+def _summary(trainer: Trainer, best: Path, precision: str) -> dict[str, str]:
     progress = trainer.progress
-    facts = {"best": f"update {best} of {trainer.total}"}
+    facts = {"best": f"update {best.name.removeprefix('checkpoint-')} of {trainer.total}"}
     if progress.base_loss is not None and progress.best_loss is not None:
         base, tuned = perplexity(progress.base_loss), perplexity(progress.best_loss)
         facts["held-out loss"] = f"{progress.base_loss:.4f} base, {progress.best_loss:.4f} tuned"
@@ -268,14 +266,3 @@ def _summary(trainer: Trainer, best: int, precision: str) -> dict[str, str]:
     facts["time"] = f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
     facts["peak memory"] = f"{peak_memory_gib(trainer.device):.1f} GiB ({trainer.device}, {precision})"
     return facts
-
-
-def _next_commands(run: Path) -> str:
-    name = run.as_posix()
-    name = f'"{name}"' if " " in name else name
-    commands = [
-        ("talk to it", f"python test_model.py {name}"),
-        ("see how it learned", f"python plot_loss.py {name}"),
-        ("make one model of it", f"python merge_lora_to_fp16.py {name}"),
-    ]
-    return "Next:\n" + table(commands)

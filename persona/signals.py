@@ -1,5 +1,6 @@
 """Stopping a run from outside without losing work: the first signal asks, the second insists."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -12,7 +13,9 @@ class StopRequest:
         self.number: int | None = None
         """The signal that asked to stop, or None."""
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last but one is POSIX only, the last Windows only
-        self._watched = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        # nohup ignores SIGHUP so that the run outlives its terminal
+        self._watched = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -30,4 +33,5 @@ class StopRequest:
         if self.number is not None:
             raise KeyboardInterrupt
         self.number = number
-        print("\nStopping after this update ... (again to stop at once, without saving)", flush=True)
+        # written past Python's buffers, which the signal may have interrupted
+        os.write(2, b"\nStopping after this update ... (again to stop at once, without saving)\n")

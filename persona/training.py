@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch.optim import AdamW
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-from persona.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
+from persona.checkpoints import Progress, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from persona.config import Evaluation, Training
 from persona.dataset import Conversation
 from persona.errors import Diverged, EnvironmentFault, Interrupted
@@ -27,6 +27,7 @@ from persona.packing import can_share, negative_log_likelihood, pack, plan_packs
 from persona.plan import conversations_of, total_updates, updates_per_epoch
 from persona.render import Example
 from persona.signals import StopRequest
+from persona.storage import fault_in
 
 SKIPPED_STEPS_LIMIT = 20  # fp16 lowers its loss scale after an overflow; from 65,536 it is at 0.06 after twenty
 
@@ -36,6 +37,15 @@ def choose_optimizer(setting: str, device: torch.device) -> str:
     if setting != "auto":
         return setting
     return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+
+
+def rate_factor(step: int, total: int, warmup_ratio: float, kind: str) -> float:
+    """Share of the peak learning rate at update `step` of `total`, counted from 0; never 0, so that each one learns."""
+    warmup = min(math.ceil(warmup_ratio * total), total - 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / (total - warmup)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
 
 
 def build_optimizer(name: str, model: Any, training: Training) -> Any:
@@ -73,15 +83,10 @@ class Trainer:
         self.per_epoch = updates_per_epoch(len(self.train), self.training.train_batch_size)
         self.total = total_updates(len(self.train), self.training.train_batch_size, self.training.num_train_epochs)
         optimizer = build_optimizer(choose_optimizer(self.training.optim, self.device), self.model, self.training)
-        scheduler = get_scheduler(
-            self.training.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=math.ceil(self.training.warmup_ratio * self.total),
-            num_training_steps=self.total,
-        )
+        kind, warmup_ratio, total = self.training.lr_scheduler_type, self.training.warmup_ratio, self.total
+        scheduler = LambdaLR(optimizer, lambda step: rate_factor(step, total, warmup_ratio, kind))
         self.optimizer: Any = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = scheduler
-        self.skipped = 0
         longest = max(self.training.max_tokens_per_pack, self.evaluation.max_tokens_per_pack)
         self.share = can_share(self.model.config, longest)
 
@@ -90,11 +95,16 @@ class Trainer:
         """Where the model is."""
         return self.accelerator.device
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go back to the state in `checkpoint`."""
-        self.progress = load_checkpoint(
+    def resume(self, checkpoint: Path) -> list[str]:
+        """Go back to the state in `checkpoint`; returns what a person should know about it."""
+        progress = self.progress = load_checkpoint(
             checkpoint, self.model, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler
         )
+        said = [f"Continuing after update {progress.step} ({checkpoint})."]
+        if progress.best_step is not None and (fault := fault_in(self.run / f"checkpoint-{progress.best_step}")):
+            said.append(f"The best checkpoint so far, of update {progress.best_step}, is lost: {fault}.")
+            progress.best_step = progress.best_loss = None
+        return said
 
 
 def run_training(trainer: Trainer) -> None:
@@ -105,7 +115,7 @@ def run_training(trainer: Trainer) -> None:
         if progress.step == 0 and trainer.held_out:
             progress.base_loss = _evaluate_and_log(trainer)
         while progress.step < trainer.total and not stopped_early(trainer):
-            _one_update(trainer, stop)
+            _one_update(trainer)
             progress.seconds = time.perf_counter() - started
             improved = _evaluate_if_due(trainer)
             progress.seconds = time.perf_counter() - started
@@ -119,18 +129,30 @@ def run_training(trainer: Trainer) -> None:
                 )
 
 
+def best_checkpoint(trainer: Trainer) -> Path:
+    """The complete checkpoint with the lowest held-out loss, or the newest where nothing was measured or it is lost."""
+    best = trainer.run / f"checkpoint-{trainer.progress.best_step}"
+    if trainer.progress.best_step is not None and fault_in(best) is None:
+        return best
+    newest, _ = latest_checkpoint(trainer.run)
+    if newest is None:
+        raise EnvironmentFault(f"No checkpoint in {trainer.run} is complete any more; was the folder changed?")
+    return newest
+
+
 def stopped_early(trainer: Trainer) -> bool:
     """Whether the held-out loss has not improved for `early_stopping_patience` evaluations in a row."""
     patience = trainer.evaluation.early_stopping_patience
     return patience is not None and trainer.progress.evaluations_without_improvement >= patience
 
 
-def _one_update(trainer: Trainer, stop: StopRequest) -> None:
+def _one_update(trainer: Trainer) -> None:
     progress = trainer.progress
     begun = time.perf_counter()
     examples = _examples_of(trainer, progress.step)
     trainer.model.train()
     loss, tokens = _backward(trainer, examples)
+    rate = trainer.scheduler.get_last_lr()[0]
     norm = _step(trainer, loss)
     progress.step += 1
     progress.tokens += tokens
@@ -138,7 +160,7 @@ def _one_update(trainer: Trainer, stop: StopRequest) -> None:
         values = {
             "train/loss": loss,
             "train/perplexity": perplexity(loss),
-            "train/learning_rate": trainer.scheduler.get_last_lr()[0],
+            "train/learning_rate": rate,
             "train/grad_norm": norm,
             "train/tokens_per_second": tokens / (time.perf_counter() - begun),
             "train/peak_memory_gib": peak_memory_gib(trainer.device),
@@ -147,7 +169,7 @@ def _one_update(trainer: Trainer, stop: StopRequest) -> None:
         left = (progress.seconds + time.perf_counter() - begun) / progress.step * (trainer.total - progress.step)
         trainer.report(
             f"update {progress.step:>4}/{trainer.total}  loss {loss:6.3f}  grad {norm:6.2f}  "
-            f"lr {values['train/learning_rate']:.1e}  {values['train/tokens_per_second']:6.0f} tokens/s  "
+            f"lr {rate:.1e}  {values['train/tokens_per_second']:6.0f} tokens/s  "
             f"about {left / 60:.0f} min left"
         )
 
@@ -175,12 +197,13 @@ def _step(trainer: Trainer, loss: float) -> float:
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     norm = float(trainer.accelerator.clip_grad_norm_(weights, trainer.training.max_grad_norm))  # pyright: ignore
     overflow = trainer.accelerator.scaler is not None and not math.isfinite(norm)
-    trainer.skipped = trainer.skipped + 1 if overflow else 0
-    if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow) or trainer.skipped > SKIPPED_STEPS_LIMIT:
+    overflows = trainer.progress.overflows = trainer.progress.overflows + 1 if overflow else 0
+    if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow) or overflows > SKIPPED_STEPS_LIMIT:
         raise Diverged(
             f"The {'gradient' if math.isfinite(loss) else 'loss'} is not finite at update {trainer.progress.step + 1}; "
             "the weights were not changed and the checkpoints are good. Lower training.learning_rate (now "
-            f"{trainer.training.learning_rate}), or use training.precision bf16 or fp32 instead of fp16."
+            f"{trainer.training.learning_rate}), or use training.precision bf16 or fp32 instead of fp16, and start "
+            "over with --resume never or in another training.output_dir."
         )
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()

@@ -10,6 +10,7 @@ from tiny import family
 
 from persona.artifacts import adapter_folder, locate, run_settings
 from persona.chat import HELP, answer_once, chat
+from persona.config import Export, Generation
 from persona.errors import UsageError
 from persona.generation import load_speaker
 from persona.render import chat_format, prompt_ids
@@ -105,6 +106,20 @@ def test_save_writes_a_record_for_training(monkeypatch, capsys, speaker, tmp_pat
     assert "never said" not in json.dumps(record.messages)
 
 
+def test_save_leaves_out_what_was_never_answered(monkeypatch, capsys, speaker, tmp_path):
+    from persona.records import read_records
+
+    replies = iter(["", "Aye.", " \n"])
+    monkeypatch.setattr(type(speaker), "reply", lambda self, messages, write, adapter=True: next(replies))
+    path = tmp_path / "said.jsonl"
+    typed(monkeypatch, speaker, "one", f"/save {path}", "two", "three", f"/save {path}")
+    out = capsys.readouterr().out
+    assert "no exchange has a reply" in out
+    assert f"Saved 1 exchange to {path}; 2 without a reply were left out." in out
+    (record,) = read_records(path)
+    assert [message["content"] for message in record.turns] == ["two", "Aye."]
+
+
 def test_a_prompt_that_is_too_long_is_explained(monkeypatch, capsys, speaker):
     typed(monkeypatch, speaker, "long " * 400)
     assert "/reset" in capsys.readouterr().out
@@ -165,8 +180,18 @@ def test_settings_come_from_the_run_beside_the_adapter(run):
     folder, made = run
     other = made.model_copy(update={"seed": 5})
     assert run_settings(str(folder), other, []) == made
-    assert run_settings(str(folder / "adapter"), other, ["generation.temperature=1"]).generation.temperature == 1
+    assert run_settings(str(folder / "adapter"), other, ["lora.r=7"]).lora.r == 7
     assert run_settings(None, other, []) == other
+
+
+def test_how_it_speaks_and_is_exported_may_differ_from_the_run(run, tmp_path, monkeypatch):
+    folder, made = run
+    sections = {"generation": Generation(temperature=0.3), "export": Export(dtype="bfloat16"), "seed": 5}
+    found = run_settings(str(folder), made.model_copy(update=sections), ["data.max_length=64"])
+    assert (found.generation, found.export) == (sections["generation"], sections["export"])
+    assert (found.seed, found.data.max_length) == (made.seed, 64)
+    monkeypatch.chdir(folder / "adapter")
+    assert run_settings(".", made.model_copy(update=sections), []).seed == made.seed
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,11 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path):
         ("data.train_file=C:\\数据\\train.jsonl", "data.train_file", "C:\\数据\\train.jsonl"),
         ('data.train_file="12"', "data.train_file", "12"),
         ("data.system_prompt=", "data.system_prompt", ""),
+        ("data.system_prompt=null", "data.system_prompt", None),
+        ("data.system_prompt=[1]", "data.system_prompt", "[1]"),
+        ("training.output_dir=2024", "training.output_dir", "2024"),
+        ("model.name_or_path=true", "model.name_or_path", "true"),
+        (f"data.train_file={'9' * 5000}", "data.train_file", "9" * 5000),
         ("data.system_prompt=You are Tamsin.", "data.system_prompt", "You are Tamsin."),
         ("seed=7", "seed", 7),
         (" seed =7", "seed", 7),
@@ -249,10 +254,15 @@ def test_the_last_set_wins(tmp_path):
         ("lora..r=3", "--set lora..r=3: expected section.key=value"),
         ("seed.x.y=3", "seed"),
         ("lora_rank=8", "lora_rank is not a setting here; use lora.r"),
+        ("training.output_dir=null", "training.output_dir: found null; expected text"),
+        (f"seed={'9' * 5000}", "--set seed: "),
+        ("lora.target_modules=" + "[" * 100_000, "--set lora.target_modules: "),
     ],
 )
 def test_set_is_checked_like_the_file(tmp_path, override, said):
-    assert said in complaint(tmp_path, {**LEAST, "seed": 1}, override)
+    text = complaint(tmp_path, {**LEAST, "seed": 1}, override)
+    assert said in text
+    assert len(text) < 1000
 
 
 def test_a_dumped_config_loads_back_equal(tmp_path):

@@ -184,9 +184,24 @@ def test_what_is_written(tmp_path):
     assert (report["train"], report["val"], report["rejected_by_code"]) == (36, 4, {"CONTROL_TOKEN": 1})
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines()]
     assert list(rejected[0]) == ["file", "line", "path", "code", "reason", "fix", "excerpt"]
-    assert "--set data.validation_file=" in next_command(report, tmp_path / "out")
     write_conversion(convert(tmp_path / "in.json", val_ratio=0), tmp_path / "out")
     assert not (tmp_path / "out" / "val.jsonl").exists(), "a stale one would belong to other training data"
+
+
+def test_the_next_command_leaves_nothing_of_the_sample_in_force(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rest = "--set data.settings_file=null --set data.system_prompt=null --set training.output_dir=outputs/mine"
+    train = "python finetune.py --set data.train_file=data/mine/train.jsonl --set data.validation_file="
+    assert next_command({"val": 3}, Path("data/mine")) == f"{train}data/mine/val.jsonl {rest}"
+    assert next_command({"val": 0}, Path("data/mine")) == f"{train}null {rest}"
+    assert '--set "data.train_file=my data/train.jsonl"' in next_command({"val": 0}, Path("my data"))
+
+
+def test_the_sample_has_its_settings_already(monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent.parent)
+    trained = json.loads(Path("config/default.json").read_text("utf-8"))["data"]["train_file"]
+    assert next_command({"val": 3}, Path(trained).parent) == "python finetune.py"
+    assert "validation_file=null" in next_command({"val": 0}, Path(trained).parent)
 
 
 def test_verdict_at_the_border(tmp_path):

@@ -13,7 +13,18 @@ LAYERS = (
     ("errors", "foreign_names", "config", "records", "console", "history", "curves"),
     ("convert", "render", "style"),
     ("folders", "hub", "sources", "storage", "artifacts", "packing", "modeling", "merging", "dataset", "plan"),
-    ("checkpoints", "identity", "metrics", "signals", "training", "generation", "chat", "evaluation", "run"),
+    (
+        "checkpoints",
+        "identity",
+        "metrics",
+        "run_folder",
+        "signals",
+        "training",
+        "generation",
+        "chat",
+        "evaluation",
+        "run",
+    ),
 )
 SCRIPTS = len(LAYERS)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

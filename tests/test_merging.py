@@ -1,17 +1,20 @@
 """Merged weights say what base and adapter say, and nothing is merged that does not belong together."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from runs import config
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import family, save_model
 from transformers import AutoModelForCausalLM
 
+from persona import merging
 from persona.artifacts import TOKENIZER_FILES, kind_of, read_card
 from persona.config import Quantization
-from persona.errors import DataError, UsageError
+from persona.errors import DataError, EnvironmentFault, UsageError
 from persona.merging import merge
 from persona.modeling import load_adapter, load_base
 from persona.run import finetune
@@ -166,9 +169,108 @@ def test_inputs_and_folders_of_others_are_not_overwritten(trained, tmp_path):
         merge(base, adapter, base / "merged", torch.float16, 10**9)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years", encoding="utf-8")
-    with pytest.raises(UsageError, match="no merged model of ours"):
+    with pytest.raises(UsageError, match="thesis.txt"):
         merge(base, adapter, tmp_path / "precious", torch.float16, 10**9)
     assert (tmp_path / "precious" / "thesis.txt").read_text(encoding="utf-8") == "years"
+
+
+def test_another_model_is_not_overwritten_and_our_own_is(trained, tmp_path):
+    base, adapter = trained
+    changed_adapter(base, tmp_path / "model", lambda folder: None)
+    with pytest.raises(UsageError, match="no merged model of ours"):
+        merge(base, adapter, tmp_path / "model", torch.float16, 10**9)
+    for shard_bytes in (100_000, 10**9):
+        merge(base, adapter, tmp_path / "merged", torch.float16, shard_bytes)
+    assert len(list((tmp_path / "merged").glob("model*"))) == 1
+    (tmp_path / "merged" / "quantized").mkdir()
+    with pytest.raises(UsageError, match="quantized"):
+        merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [("file", "is a file"), ("file/below", "is a file"), (".", "current folder"), ("..", "current folder")],
+)
+def test_outputs_that_are_no_new_folder(trained, tmp_path, monkeypatch, output, says):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "file").write_text("years", encoding="utf-8")
+    with pytest.raises(UsageError, match=says):
+        merge(*trained, Path(output), torch.float16, 10**9)
+    assert (tmp_path / "here" / "file").read_text(encoding="utf-8") == "years"
+
+
+def test_changes_are_counted_after_rounding(trained, tmp_path):
+    base, adapter = trained
+    slight = changed_adapter(adapter, tmp_path / "slight", lambda folder: rescale(folder, 1e-6))
+    assert merge(base, slight, tmp_path / "wide", torch.float32, 10**9).changed == 14
+    with pytest.raises(DataError, match="changes nothing"):
+        merge(base, slight, tmp_path / "half", torch.float16, 10**9)
+    report = merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
+    plain, ours = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    changes = [(ours[name].float() - plain[name].half().float()).abs().max().item() for name in ours]
+    assert report.largest_change == max(changes)
+
+
+def test_an_adapter_of_another_tool_is_not_said_to_be_verified(trained, tmp_path):
+    base, adapter = trained
+    foreign = changed_adapter(adapter, tmp_path / "foreign", lambda folder: (folder / "persona.json").unlink())
+    assert not merge(base, foreign, tmp_path / "theirs", torch.float16, 10**9).verified_base
+    assert merge(base, adapter, tmp_path / "ours", torch.float16, 10**9).verified_base
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("writer", ["save_file", "publish", "write_json"])
+def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch, error, writer):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(merging, writer, full)
+    with pytest.raises(EnvironmentFault, match="No space left") as fault:
+        merge(*trained, tmp_path / "merged", torch.float16, 10**9)
+    assert f"{tmp_path / 'merged'}" in str(fault.value)
+    assert "--output" in str(fault.value)
+    assert not list(tmp_path.iterdir())
+
+
+def without_b(folder):
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    del weights[next(name for name in weights if "lora_B" in name)]
+    save_file(weights, path)
+
+
+def cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def pointer(folder):
+    (folder / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (without_b, r"lora_B"),
+        (cut, r"adapter_model\.safetensors"),
+        (pointer, "git lfs pull"),
+        (write("adapter_config.json", "{"), r"adapter_config\.json:1:2: not valid JSON"),
+        (write("adapter_config.json", '{"peft_type": "LORA"}'), "lora_alpha"),
+        (write("adapter_config.json", "[]"), "object"),
+        (write("persona.json", '{"base_name": "x", "mood": "odd"}'), "base_fingerprint, date, mood, system_prompt"),
+    ],
+)
+def test_a_broken_adapter_is_named(trained, tmp_path, harm, says):
+    base, adapter = trained
+    broken = changed_adapter(adapter, tmp_path / "broken", harm)
+    with pytest.raises(UsageError, match=says):
+        merge(base, broken, tmp_path / "merged", torch.float16, 10**9)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_second_copy_of_the_weights_is_not_merged(trained, tmp_path):

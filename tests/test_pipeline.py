@@ -14,6 +14,7 @@ import finetune
 import merge_lora_to_fp16
 import plot_loss
 import test_model as talk
+from persona.run_folder import next_commands
 
 ROOT = Path(__file__).parent.parent
 PLAY = "".join(
@@ -50,7 +51,7 @@ def test_from_raw_lines_to_a_merged_model(folder, tiny_model, monkeypatch, capsy
     assert "⟦Aye, number" in capsys.readouterr().out
     run(monkeypatch, finetune, "--config", "run.json")
     said = capsys.readouterr().out
-    assert 'python test_model.py "outputs/守灯人 1"' in said
+    assert next_commands(Path("outputs/守灯人 1")) in said
     run_folder = folder / "outputs" / "守灯人 1"
     assert (run_folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     run(monkeypatch, talk, "outputs/守灯人 1", "--prompt", "Who are you?")

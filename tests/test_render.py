@@ -19,6 +19,7 @@ from persona.render import (
     fit,
     freeze_date,
     prompt_ids,
+    prompt_room,
     render,
     reply_ids,
 )
@@ -522,24 +523,26 @@ def test_fit_without_a_system_prompt(formats):
 def test_truncation_never_touches_the_reply(formats, name):
     fmt = formats[name]
     whole = render(LONG, fmt, 100_000)
-    least = max(
-        len(prompt_ids([LONG[0], before[-1]], fmt)) + len(reply_ids(reply, fmt)) for before, reply in contexts(LONG)
-    )
+    longest = max(len(prompt_ids([LONG[0], before[-1]], fmt)) for before, _ in contexts(LONG))
+    least = max(-(-longest * 4 // 3), 4 * max(len(reply_ids(reply, fmt)) for _, reply in contexts(LONG)))
     for limit in (least, least + 20, least + 60):
         cut = render(LONG, fmt, limit)
         assert [example.reply_ids for example in cut] == [example.reply_ids for example in whole]
+        assert all(len(example.prompt_ids) <= prompt_room(limit) for example in cut)
         assert all(len(example.prompt_ids) + len(example.reply_ids) <= limit for example in cut)
         assert all(SYSTEM in decode(example.prompt_ids, fmt.tokenizer) for example in cut)
     assert cut != whole
     with pytest.raises(Untrainable, match="over the limit"):
-        render(LONG, fmt, least - 1)
+        render(LONG, fmt, (longest - 1) * 4 // 3)
 
 
 def test_a_reply_longer_than_the_limit_is_untrainable(formats):
     fmt = formats["chatml_default"]
     reply = "I ring the bell. " * 20
     size = len(reply_ids(reply, fmt))
-    with pytest.raises(Untrainable, match=f"a reply of {size} tokens does not fit into data.max_length {size}"):
+    with pytest.raises(
+        Untrainable, match=rf"a reply of {size} tokens behind \d+ of context does not fit into data.max_length {size}"
+    ):
         render(talk("And the fog?", reply), fmt, size)
 
 

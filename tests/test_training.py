@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import persona.training
 from persona import checkpoints
+from persona.config import Config
 from persona.errors import Diverged, Interrupted, UsageError
 from persona.run import finetune
 from persona.storage import MARKER
@@ -178,13 +179,28 @@ def test_gradients_survive_an_evaluation_in_the_middle(tmp_path, tiny_model, mon
     assert losses[6] < losses[1]
 
 
-def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, monkeypatch):
-    whole, _ = train(config(tmp_path, tiny_model, training={"output_dir": "outputs/whole"}))
-    cut = config(tmp_path, tiny_model, training={"output_dir": "outputs/cut"})
+LAYOUTS = {
+    "float32": {"training": {"precision": "fp32"}},
+    "4 bits, bf16, activations computed again": {
+        "training": {"precision": "bf16", "gradient_checkpointing": True},
+        "quantization": {"load_in_4bit": True},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, monkeypatch, layout):
+    changes = LAYOUTS[layout]
+
+    def made(name):
+        return config(tmp_path, tiny_model, **(changes | {"training": {**changes["training"], "output_dir": name}}))
+
+    whole, _ = train(made("outputs/whole"))
+    cut = made("outputs/cut")
     original = persona.training._one_update
 
-    def interrupt(trainer, stop):
-        original(trainer, stop)
+    def interrupt(trainer):
+        original(trainer)
         if trainer.progress.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
@@ -377,3 +393,195 @@ def test_show_marks_what_is_learned(tmp_path, tiny_model):
     assert text.count("⟦") == 1
     green = show_examples(material, 2, colour=True)
     assert "\x1b[32mAye, I keep the lamp. Mind the tide, 0.<|im_end|>\x1b[0m" in green
+
+
+def test_newly_written_checkpoints_outlive_damaged_newer_ones(tmp_path, tiny_model):
+    made = config(tmp_path, tiny_model, training={"save_steps": 1})
+    run, _ = train(made)
+    whole = adapter_bytes(run)
+    for folder in checkpoints.checkpoints(run)[-2:]:
+        (folder / MARKER).write_text("{", encoding="utf-8")
+    shutil.rmtree(run / "adapter")
+    left = checkpoints.checkpoints(run)
+    again, said = train(made)
+    if len(left) > 2:
+        assert "Continuing after update" in said
+    assert "passed over" in said
+    assert adapter_bytes(again) == whole
+    assert checkpoints.latest_checkpoint(again)[0] == again / "checkpoint-6"
+
+
+def test_a_lost_best_checkpoint_is_said_and_not_a_crash(tmp_path, tiny_model, monkeypatch):
+    losses = iter([5.0, 1.0, 3.0, 3.5, 3.0, 3.2, 3.3, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(persona.training, "mean_loss", lambda *_: next(losses))
+    changes = {"training": {"save_steps": 1}, "evaluation": {"eval_steps": 1, "early_stopping_patience": None}}
+    made = config(tmp_path, tiny_model, **changes)
+    original = persona.training._one_update
+
+    def interrupt(trainer):
+        original(trainer)
+        if trainer.progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(persona.training, "_one_update", interrupt)
+    with pytest.raises(Interrupted) as stopped:
+        train(made)
+    assert stopped.value.exit_code == 143
+    monkeypatch.setattr(persona.training, "_one_update", original)
+    shutil.rmtree(tmp_path / "outputs" / "tiny" / "checkpoint-1")
+    run, said = train(made)
+    assert "of update 1, is lost" in said
+    assert (run / "checkpoint-5" / "adapter_model.safetensors").read_bytes() == adapter_bytes(run)
+
+
+def test_checkpoints_without_their_identity_are_refused(tmp_path, tiny_model):
+    made = config(tmp_path, tiny_model)
+    run, _ = train(made)
+    identity = (run / "run.json").read_text(encoding="utf-8")
+    (run / "run.json").unlink()
+    with pytest.raises(UsageError, match=r"no run\.json"):
+        train(made)
+    (run / "run.json").write_text(identity[:40], encoding="utf-8")
+    with pytest.raises(UsageError, match="damaged"):
+        train(made)
+
+
+def test_before_the_first_checkpoint_settings_may_change(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(
+        persona.training, "negative_log_likelihood", lambda *_: torch.tensor(math.nan, requires_grad=True)
+    )
+    no_evaluation = {"validation_file": None}
+    with pytest.raises(Diverged):
+        train(config(tmp_path, tiny_model, data=no_evaluation))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    run, _ = train(config(tmp_path, tiny_model, data=no_evaluation, training={"learning_rate": 0.001}))
+    assert len(train_losses(run)) == 6
+
+
+def test_another_chat_template_is_another_run(tmp_path, tiny_model, chatml):
+    template = tmp_path / "mine.jinja"
+    template.write_text(chatml.chat_template, encoding="utf-8")
+    values = settings(tmp_path, tiny_model)
+    values["model"]["chat_template"] = str(template)
+    made = Config.model_validate(values)
+    train(made)
+    template.write_text(chatml.chat_template.replace("helpful", "surly"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"the contents of .*mine\.jinja"):
+        train(made)
+
+
+def test_folders_that_are_no_run_are_left_alone(tmp_path, tiny_model):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years", encoding="utf-8")
+    with pytest.raises(UsageError, match="left alone"):
+        train(config(tmp_path, tiny_model, training={"output_dir": str(precious)}), resume=False)
+    assert (precious / "thesis.txt").is_file()
+    for wrong in (".", "..", str(tmp_path), str(precious / "thesis.txt")):
+        with pytest.raises(UsageError, match="output_dir"):
+            train(config(tmp_path, tiny_model, training={"output_dir": wrong}))
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_the_learning_rate_rises_then_takes_its_course_and_is_never_zero(tmp_path, tiny_model, kind):
+    made = config(
+        tmp_path, tiny_model, training={"lr_scheduler_type": kind, "warmup_ratio": 0.5, "num_train_epochs": 2}
+    )
+    run, _ = train(made)
+    rates = [line["train/learning_rate"] for line in metrics(run) if "train/learning_rate" in line]
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    course = {"constant": [1, 1], "linear": [2 / 3, 1 / 3], "cosine": [0.75, 0.25]}[kind]
+    assert rates[4:] == pytest.approx([0.01 * share for share in course])
+
+
+def test_a_run_of_one_update_learns(tmp_path, tiny_model):
+    run, _ = train(config(tmp_path, tiny_model, training={"num_train_epochs": 0.01}))
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_held_out_lines_that_are_trained_on_are_pointed_out(tmp_path, tiny_model):
+    made = config(tmp_path, tiny_model, data={"validation_file": str(tmp_path / "train.jsonl")})
+    _, said = train(made)
+    assert "12 of 12 held-out conversations are also in the training data" in said
+
+
+def test_the_system_prompt_comes_from_the_conversations_and_not_from_the_settings(tmp_path, tiny_model):
+    from persona.dataset import read_data
+
+    made = config(tmp_path, tiny_model, data={"system_prompt": None, "settings_file": "s.jsonl", "settings_weight": 50})
+    card = {"role": "system", "content": "You are the keeper."}
+    records = conversations(3)
+    records[0]["messages"].insert(0, card)
+    write_jsonl(tmp_path / "train.jsonl", records)
+    write_jsonl(tmp_path / "s.jsonl", conversations(2))
+    assert read_data(made.data, 0).system == "You are the keeper."
+
+
+def test_a_model_with_missing_weights_is_refused(tmp_path, tiny_model):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj"):
+        train(config(tmp_path, folder))
+
+
+def test_a_length_beyond_the_model_is_refused(tmp_path, tiny_model):
+    with pytest.raises(UsageError, match="reads at most"):
+        train(config(tmp_path, tiny_model, data={"max_length": 10**6}))
+
+
+def test_a_long_history_is_cut_alike_in_training_and_chat(tmp_path, tiny_model):
+    from persona.generation import Speaker
+    from persona.run import prepare
+
+    write_jsonl(tmp_path / "long.jsonl", conversations(2, turns=9))
+    data = {"train_file": str(tmp_path / "long.jsonl"), "validation_file": None, "max_length": 256}
+    made = config(tmp_path, tiny_model, data=data)
+    material = prepare(made, date(2026, 1, 2))
+    fed = []
+    speaker = Speaker(None, material.fmt, made.generation, made.data.max_length, None, "adapter")
+    speaker.__class__ = type(
+        "Deaf", (Speaker,), {"_generate": lambda self, prompt, streamer: fed.append(tuple(prompt))}
+    )
+    cut = 0
+    for record in material.train.records:
+        messages = [{"role": "system", "content": material.system}, *record.turns]
+        for position, message in enumerate(messages):
+            if message["role"] == "assistant":
+                speaker.reply(messages[:position], print)
+                cut += len(fed[-1]) < len(messages[:position]) * 12
+    assert fed == [example.prompt_ids for example in material.train.examples]
+    assert max(map(len, fed)) <= 192
+    assert cut > 3
+
+
+def test_nohup_is_obeyed(monkeypatch):
+    from persona.signals import StopRequest
+
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        assert stop.number is None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_eager_attention_gets_rows(tiny_model):
+    from transformers import AutoConfig
+
+    from persona.packing import can_share
+
+    loaded = AutoConfig.from_pretrained(tiny_model)
+    loaded._attn_implementation = "sdpa"
+    assert can_share(loaded, 100)
+    loaded._attn_implementation = "eager"
+    assert not can_share(loaded, 100)
