@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument(
         "model", nargs="?", help="folder of a run, an adapter or a merged model, or a base model's name"
     )
-    parser.add_argument("--config", type=Path, default=Path("config/default.json"), help="settings (%(default)s)")
+    parser.add_argument("--config", type=Path, help="settings (default: the run's own, else config/default.json)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting")
     parser.add_argument("--base", action="store_true", help="talk to the base model alone")
     parser.add_argument("--prompt", metavar="TEXT", help="answer once and leave")
@@ -27,13 +27,9 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from persona.config import load_config
-
-    config = load_config(args.config, args.set)
-
     from persona.artifacts import locate, run_settings
 
-    config = run_settings(args.model, config, args.set)
+    config = run_settings(args.model, args.config, args.set)
     base, adapter = locate(config, args.model, args.base)  # before transformers is imported: it switches the hub off
 
     from persona.chat import answer_once, chat

@@ -1,15 +1,17 @@
 """The folders that a run leaves behind: what each is, what the other scripts need of it, and how it is written."""
 
 import json
+import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from persona.config import Config, load_config
+from persona.config import DEFAULT_CONFIG, Config, load_config
 from persona.errors import UsageError
-from persona.folders import fingerprint
+from persona.folders import fingerprint, read_config, read_json_object
 from persona.sources import resolve_model
 from persona.storage import ADAPTER_WEIGHTS, publish, write_json
 
@@ -35,16 +37,26 @@ class PersonaCard:
 
     base_name: str
     base_fingerprint: str
-    """`persona.sources.fingerprint` of the base model's weights."""
+    """`persona.folders.fingerprint` of the base model's weights."""
     system_prompt: str | None
     date: str
     """Day that a template which writes the date was fixed to, ISO 8601."""
 
 
 def read_card(folder: Path) -> PersonaCard | None:
-    """The card in `folder`, or None when another tool made the folder."""
+    """The card in `folder`, or None when another tool made the folder; raises `UsageError` for one of another form."""
     path = folder / CARD
-    return PersonaCard(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    values = read_json_object(path)
+    advice = "Copy the folder again completely, or use the version of this toolkit that wrote it."
+    if odd := sorted(values.keys() ^ {field.name for field in fields(PersonaCard)}):
+        raise UsageError(f"{path}: missing or unknown: {', '.join(odd)}. {advice}")
+    try:
+        date.fromisoformat(values["date"])
+    except (TypeError, ValueError):
+        raise UsageError(f"{path}: date: found {json.dumps(values['date'])}; expected 2024-05-01. {advice}") from None
+    return PersonaCard(**values)
 
 
 def check_base(adapter: Path, base: Path) -> PersonaCard | None:
@@ -61,19 +73,17 @@ def check_base(adapter: Path, base: Path) -> PersonaCard | None:
 def public_name(name: str) -> str:
     """A model's name without the path on this machine: hub ids and plain names stay, a folder becomes its last part."""
     path = Path(name).expanduser()
-    return path.resolve().name if path.exists() or path.is_absolute() or "\\" in name else name
+    return path.resolve().name if os.path.exists(path) or path.is_absolute() or "\\" in name else name
 
 
 def kind_of(folder: Path) -> str:
     """What a path is: `adapter`, `run`, `model`, `checkpoint`, `other` or `missing`."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir() raises for a name longer than a file's may be
         return "missing"
     if (folder / "adapter_config.json").is_file():
         return "checkpoint" if (folder / "optimizer.safetensors").is_file() else "adapter"
-    config = folder / "config.json"
-    if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        return "run" if "training" in values and "model_type" not in values else "model"
+    if config := read_config(folder):
+        return "run" if "training" in config and "model_type" not in config else "model"
     return "run" if any(folder.glob("checkpoint-*")) else "other"
 
 
@@ -100,14 +110,21 @@ def adapter_folder(path: Path) -> Path:
     raise UsageError(f"{path} {says[kind]}. {advice}")
 
 
-def run_settings(target: str | None, config: Config, overrides: list[str]) -> Config:
-    """The settings that `target` was trained with, changed by `overrides`; `config` where none lie beside it."""
-    if target is None:
-        return config
-    folder = Path(target).expanduser()
-    run = folder if kind_of(folder) == "run" else folder.parent
-    saved = run / "config.json"
-    return load_config(saved, overrides) if kind_of(run) == "run" and saved.is_file() else config
+def run_settings(target: str | None, given: Path | None, overrides: list[str]) -> Config:
+    """The settings that `target` was trained with, changed by `overrides`; those of `given` or the default where none
+    lie beside it.
+
+    How it speaks and is exported was not learned: these two sections are those of `given` when a file is given.
+    """
+    folder = Path(target).expanduser().resolve() if target is not None else None
+    run = folder.parent if folder is not None and kind_of(folder) != "run" else folder
+    if run is None or kind_of(run) != "run" or not (run / "config.json").is_file():
+        return load_config(given or DEFAULT_CONFIG, overrides)
+    saved = load_config(run / "config.json", overrides)
+    if given is None:
+        return saved
+    chosen = load_config(given, overrides)
+    return saved.model_copy(update={"generation": chosen.generation, "export": chosen.export})
 
 
 def locate(config: Config, target: str | None, base_only: bool) -> tuple[Path, Path | None]:
@@ -115,11 +132,11 @@ def locate(config: Config, target: str | None, base_only: bool) -> tuple[Path, P
 
     Without a target it is the adapter of the configured run; with `base_only` the adapter is left out.
     """
-    if base_only:
-        return resolve_model(config.model.name_or_path), None
     path = Path(target if target is not None else config.training.output_dir).expanduser()
     if target is not None and kind_of(path) in ("missing", "model", "other"):
         return resolve_model(target), None
+    if base_only:
+        return resolve_model(config.model.name_or_path), None
     adapter = adapter_folder(path)
     return resolve_model(config.model.name_or_path), adapter
 
@@ -160,6 +177,14 @@ def model_card(card: PersonaCard, title: str, facts: dict[str, Any], license_not
         f"\n\n{license_note}\n\nWhat it writes is generated by a machine. Say so where you publish it, do not pass it "
         "off as words of a living person, and make sure you may use the texts it was trained on.\n"
     )
+
+
+def merged_name(adapter: Path) -> str:
+    """What `adapter` is called once merged: as its run, with the checkpoint's name behind it where it is one."""
+    folder = adapter.resolve()
+    if kind_of(folder) == "checkpoint":
+        return f"{folder.parent.name}-{folder.name}"
+    return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
 
 
 def slug(text: str) -> str:

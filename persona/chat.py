@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from persona.console import safe
@@ -142,11 +142,19 @@ def _save(conversation: Conversation, argument: str) -> None:
         print("Say something first." if argument else "Name a file: /save FILE")
         return
     path = Path(argument).expanduser()
-    record = {"messages": conversation.messages, "meta": {"source": "chat", "type": "dialogue"}}
+    pairs = list(zip(conversation.turns[::2], conversation.turns[1::2], strict=True))
+    answered = [pair for pair in pairs if pair[1]["content"].strip()]
+    if not answered:
+        print("There is nothing to save: no exchange has a reply.")
+        return
+    said = replace(conversation, turns=[message for pair in answered for message in pair])
+    record = {"messages": said.messages, "meta": {"source": "chat", "type": "dialogue"}}
     try:
         with path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         print(f"{path} cannot be written: {error.strerror}")
         return
-    print(f"Saved {len(conversation.turns) // 2} exchanges to {path}.")
+    saved = "1 exchange" if len(answered) == 1 else f"{len(answered)} exchanges"
+    left_out = f"; {len(pairs) - len(answered)} without a reply were left out" if len(answered) < len(pairs) else ""
+    print(f"Saved {saved} to {path}{left_out}.")

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from persona.errors import UsageError
 from persona.foreign_names import FOREIGN_NAMES
 
+DEFAULT_CONFIG = Path("config/default.json")
 _SECRET = re.compile(r"(hf|hub|access|auth|api)_?token|^token$|api_?key|password|secret", re.IGNORECASE)
 
 
@@ -223,10 +224,19 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     path = name.strip().split(".")
     if not equals or not all(path):
         return f"--set {text}: expected section.key=value, for example --set training.learning_rate=1e-4"
+    is_text = _is_text(path)
     try:
         value = json.loads(raw)
     except json.JSONDecodeError:
         value = raw
+    except (ValueError, RecursionError):
+        if not is_text:
+            return (
+                f"--set {name.strip()}: no setting takes a number this long or brackets this deep; write a plain value"
+            )
+        value = raw
+    if is_text and value is not None and not isinstance(value, str):
+        value = raw  # a folder may be called 2024
     section: Any = values
     for key in path[:-1]:
         section = section.setdefault(key, {})
@@ -234,6 +244,12 @@ def _override(values: dict[str, Any], text: str) -> str | None:
             return f"--set {text}: {key} is not a section"
     section[path[-1]] = value
     return None
+
+
+def _is_text(path: list[str]) -> bool:
+    section = Config.model_fields.get(path[0])
+    field = getattr(section.annotation, "model_fields", {}).get(path[-1]) if section and len(path) == 2 else None
+    return field is not None and field.annotation in (str, str | None)
 
 
 def setting_names() -> list[str]:

@@ -5,13 +5,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from persona.errors import UsageError
+
+_AGAIN = "Copy or download it again completely."
+_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of large files
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises `UsageError` with the place when it is broken, unreadable or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. {_AGAIN}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}. {_AGAIN}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a JSON object {{...}}, found something else. {_AGAIN}")
+    return value
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json in `folder`, or an empty dict."""
     path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def missing_parts(folder: Path) -> list[str]:
@@ -28,7 +46,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model: those its index names, or else all but Mistral's second copy."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        places = read_json_object(index).get("weight_map")
+        names = set(map(str, places.values())) if isinstance(places, dict) else set()
+        if not names or not all(name.endswith(".safetensors") for name in names):
+            raise UsageError(f"{index}: expected weight_map, the safetensors file of every tensor. {_AGAIN}")
         return sorted(folder / name for name in names)
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
 
@@ -43,8 +64,8 @@ def check_model_folder(folder: Path) -> Path:
         )
     if "training" in config and "model_type" not in config:
         raise UsageError(f"{folder} is the folder of a training run, not a model; its adapter is {folder / 'adapter'}.")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UsageError(
             f"{folder} is already quantized ({method}). Training and merging start from the 16-bit weights; "
             "download the original model, it is held in 4 bits while training."
@@ -76,16 +97,30 @@ def fingerprint(folder: Path) -> str:
 def tensor_index(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
     """Every tensor in the safetensors files of `folder`: its file, where the data section starts, and its header entry.
 
-    The header is that of the safetensors format: eight bytes of length, then JSON.
+    The header is that of the safetensors format: eight bytes of length, then JSON. Raises `UsageError` for other files.
     """
     tensors = {}
     for path in weight_files(folder):
+        check_safetensors(path)
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
         tensors |= {name: (path, 8 + size, info) for name, info in header.items()}
     return tensors
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise `UsageError` when `path` is no whole safetensors file; its header is read, not its tensors."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+        if start == _POINTER:
+            raise UsageError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`, or download the file.")
+        with safe_open(path, "np"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} is cut short or damaged ({error}). {_AGAIN}") from None
 
 
 def file_sha256(path: Path) -> str:

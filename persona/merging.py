@@ -4,8 +4,9 @@ W + (alpha / r) * B A is computed in float32 and rounded once. Only the base's o
 copy of them, and one tensor at a time, so the memory needed is that of the largest tensor and one output shard.
 """
 
-import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from persona.artifacts import CARD, PersonaCard, check_base, copy_tokenizer
-from persona.errors import DataError, UsageError
-from persona.folders import check_model_folder, tensor_index, weight_files
+from persona.artifacts import CARD, TOKENIZER_FILES, PersonaCard, check_base, copy_tokenizer
+from persona.errors import DataError, EnvironmentFault, UsageError
+from persona.folders import check_model_folder, check_safetensors, read_json_object, tensor_index, weight_files
 from persona.storage import ADAPTER_WEIGHTS, publish, write_json
 
 PREFIX = "base_model.model."
+_HALVES = (".lora_A.weight", ".lora_B.weight")
+_OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", CARD, *TOKENIZER_FILES}
+_OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class MergeReport:
     changed: int
     largest_change: float
     shards: int
+    verified_base: bool
+    """Whether the adapter says which weights it was trained on; if not, only shapes could be compared."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +59,25 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
 
     Raises `UsageError` for adapters of another kind than plain LoRA, naming what they have.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json_object(adapter / "adapter_config.json")
     _refuse_other_kinds(adapter, config)
+    check_safetensors(adapter / ADAPTER_WEIGHTS)
     weights = load_file(adapter / ADAPTER_WEIGHTS)
+    layers = sorted({name.removesuffix(half) for name in weights for half in _HALVES if name.endswith(half)})
+    odd = sorted(weights.keys() ^ {layer + half for layer in layers for half in _HALVES})
+    if odd or not layers:
+        found = ", ".join(odd[:3]) or "everything"
+        raise UsageError(
+            f"{adapter}: expected lora_A and lora_B of every layer and nothing else; missing or unknown: {found}. "
+            "This adapter cannot be merged here."
+        )
     deltas = {}
-    for name, a in weights.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        layer = name.removesuffix(".lora_A.weight")
-        b = weights[f"{layer}.lora_B.weight"]
-        rank = a.shape[0]
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    for layer in layers:
+        a, b = (weights[layer + half] for half in _HALVES)
+        if a.dim() != 2 or b.dim() != 2 or b.shape[1] != a.shape[0]:
+            raise UsageError(f"{adapter}: lora_A {[*a.shape]} and lora_B {[*b.shape]} of {layer} do not fit together.")
+        scale = config["lora_alpha"] / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
         deltas[f"{layer.removeprefix(PREFIX)}.weight"] = Delta(a, b, scale)
-    leftover = [n for n in weights if not n.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if leftover or not deltas:
-        found = ", ".join(leftover[:3]) if leftover else "nothing"
-        raise UsageError(f"{adapter}: expected LoRA matrices only, found {found}; this adapter cannot be merged here.")
     return deltas
 
 
@@ -85,33 +94,56 @@ def _refuse_other_kinds(adapter: Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
         what = ", ".join(odd) or config.get("peft_type") or "an unknown kind"
         raise UsageError(f"{adapter} is no plain LoRA adapter ({what}); only those can be merged here.")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise UsageError(f"{adapter / 'adapter_config.json'}: lora_alpha is missing or no number. Copy it again.")
 
 
 def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype, shard_bytes: int) -> MergeReport:
-    """Write `output`, complete or not at all; raises `UsageError` when adapter and base do not belong together."""
+    """Write `output`, complete or not at all.
+
+    Raises `UsageError` when adapter and base do not belong together or `output` holds something else, and
+    `EnvironmentFault` when the disk is full.
+    """
     check_model_folder(base)
     _check_paths(base, adapter, output)
     card = check_base(adapter, base)
     deltas = read_deltas(adapter)
     _check_shapes(base, deltas, adapter)
-    staging = output.with_name(f".staging-{output.name}")
+    folder = output.resolve()
+    staging = folder.with_name(f".staging-{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         report = _write_weights(base, deltas, staging, dtype, shard_bytes)
         _write_rest(base, adapter, staging, dtype, card)
-        publish(staging, output)
+        publish(staging, folder)
+    except (OSError, SafetensorError) as error:
+        raise EnvironmentFault(
+            f"The merged model could not be written to {output}: {error}. Nothing of it is left there; make space, or "
+            "choose another folder with --output."
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return MergeReport(output, *report)
+    return MergeReport(output, *report, verified_base=card is not None)
 
 
 def _check_paths(base: Path, adapter: Path, output: Path) -> None:
+    folder, another = output.resolve(), "choose another folder with --output."
     for source in (base, adapter):
-        if output.resolve() == source.resolve() or source.resolve() in output.resolve().parents:
-            raise UsageError(f"The output {output} lies in the input {source}; choose another folder with --output.")
-    if output.exists() and any(output.iterdir()) and not (output / CARD).is_file():
-        raise UsageError(f"{output} exists and is no merged model of ours; choose another folder with --output.")
+        if folder == source.resolve() or source.resolve() in folder.parents:
+            raise UsageError(f"The output {output} lies in the input {source}; {another}")
+    for path in (folder, *folder.parents):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise UsageError(f"The output {output} cannot be a folder, since {path} is a file; {another}")
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"The output {output} is the current folder or holds it; {another}")
+    found = sorted(path.name for path in folder.iterdir()) if os.path.isdir(folder) else []
+    strange = [name for name in found if name not in _OWN_FILES and not _OWN_WEIGHTS.fullmatch(name)]
+    if strange:
+        names = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
+        raise UsageError(f"{output} would be replaced, but holds what no merge wrote: {names}. Move it, or {another}")
+    if found and CARD not in found:
+        raise UsageError(f"{output} exists and is no merged model of ours (no {CARD}); remove it, or {another}")
 
 
 def _check_shapes(base: Path, deltas: dict[str, Delta], adapter: Path) -> None:
@@ -133,10 +165,7 @@ def _merged_tensors(
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 weight = file.get_tensor(name)
-                merged, change = weight, 0.0
-                if name in deltas:
-                    merged = deltas[name].added_to(weight)
-                    change = (merged - weight.float()).abs().max().item()
+                merged = deltas[name].added_to(weight) if name in deltas else weight
                 stored = merged.to(dtype) if merged.is_floating_point() else merged
                 if stored.is_floating_point() and not torch.isfinite(stored).all():
                     cause = (
@@ -144,6 +173,7 @@ def _merged_tensors(
                     )
                     advice = "" if "base" in cause else ' Use --set export.dtype="bfloat16".'
                     raise DataError(f"{name} is not finite after merging: {cause}.{advice} Nothing was written.")
+                change = (stored.float() - weight.to(dtype).float()).abs().max().item() if name in deltas else 0.0
                 yield name, stored.contiguous(), change
 
 
@@ -172,7 +202,8 @@ def _write_weights(
     flush()
     if not changed:
         raise DataError(
-            "The adapter changes nothing: all of its matrices are zero. Was it trained? Nothing was written."
+            f"The adapter changes nothing: rounded to {dtype}, every weight is that of the base. Was it trained? "
+            "Nothing was written."
         )
     _name_shards(folder, shards, total)
     return sum(map(len, shards)), changed, largest, len(shards)
@@ -199,20 +230,21 @@ def _write_rest(base: Path, adapter: Path, folder: Path, dtype: torch.dtype, car
     from persona.modeling import load_tokenizer
     from persona.render import chat_format
 
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(base / "config.json")
     config.pop("torch_dtype", None)
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     template = adapter / "chat_template.jinja"
     day = date.fromisoformat(card.date) if card is not None else date.today()
     tokenizer = load_tokenizer(base, str(template) if template.is_file() else None, day)
     copy_tokenizer(base, folder, tokenizer.chat_template)
-    if (base / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(base)
+    name = "generation_config.json"
+    if (base / name).is_file():
+        generation = read_json_object(base / name)
     else:
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base))
-    own = generation.eos_token_id
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_diff_dict()
+    own = generation.get("eos_token_id")
     ends = [chat_format(tokenizer).end_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    generation.eos_token_id = sorted({i for i in ends if i is not None})
-    generation.save_pretrained(folder)
+    # not by transformers, which refuses to save what it loads: that of Llama 2, for one
+    write_json(folder / name, generation | {"eos_token_id": sorted({i for i in ends if i is not None})})
     if card is not None:
         write_json(folder / CARD, asdict(card))

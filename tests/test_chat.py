@@ -10,7 +10,7 @@ from tiny import family
 
 from persona.artifacts import adapter_folder, locate, run_settings
 from persona.chat import HELP, answer_once, chat
-from persona.config import Export, Generation
+from persona.config import Export, Generation, dump_config
 from persona.errors import UsageError
 from persona.generation import load_speaker
 from persona.render import chat_format, prompt_ids
@@ -176,22 +176,29 @@ def test_a_character_of_several_tokens_comes_whole(speaker):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_settings_come_from_the_run_beside_the_adapter(run):
-    folder, made = run
-    other = made.model_copy(update={"seed": 5})
-    assert run_settings(str(folder), other, []) == made
-    assert run_settings(str(folder / "adapter"), other, ["lora.r=7"]).lora.r == 7
-    assert run_settings(None, other, []) == other
-
-
-def test_how_it_speaks_and_is_exported_may_differ_from_the_run(run, tmp_path, monkeypatch):
-    folder, made = run
+@pytest.fixture
+def other(run, tmp_path):
+    """Another settings file than the run's."""
+    path = tmp_path / "other.json"
     sections = {"generation": Generation(temperature=0.3), "export": Export(dtype="bfloat16"), "seed": 5}
-    found = run_settings(str(folder), made.model_copy(update=sections), ["data.max_length=64"])
-    assert (found.generation, found.export) == (sections["generation"], sections["export"])
-    assert (found.seed, found.data.max_length) == (made.seed, 64)
+    path.write_text(dump_config(run[1].model_copy(update=sections)), encoding="utf-8")
+    return path
+
+
+def test_settings_come_from_the_run_beside_the_adapter(run, other, monkeypatch):
+    folder, made = run
+    assert run_settings(str(folder), None, []) == made
+    assert run_settings(str(folder / "adapter"), None, ["lora.r=7"]).lora.r == 7
+    assert run_settings(None, other, []).seed == 5
     monkeypatch.chdir(folder / "adapter")
-    assert run_settings(".", made.model_copy(update=sections), []).seed == made.seed
+    assert run_settings(".", None, []) == made
+
+
+def test_how_it_speaks_and_is_exported_may_differ_from_the_run(run, other):
+    folder, made = run
+    found = run_settings(str(folder), other, ["data.max_length=64", "generation.top_p=0.5"])
+    assert (found.generation, found.export) == (Generation(temperature=0.3, top_p=0.5), Export(dtype="bfloat16"))
+    assert (found.seed, found.data.max_length) == (made.seed, 64)
 
 
 @pytest.mark.parametrize(

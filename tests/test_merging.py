@@ -123,6 +123,11 @@ def rescale(folder, factor):
     save_file({name: tensor * factor for name, tensor in load_file(path).items()}, path)
 
 
+def round_weights(folder):
+    path = folder / "model.safetensors"
+    save_file({name: tensor.half().float() for name, tensor in load_file(path).items()}, path)
+
+
 def test_an_adapter_that_changes_nothing_is_refused(trained, tmp_path):
     base, adapter = trained
     zero = changed_adapter(adapter, tmp_path / "zero", lambda folder: rescale(folder, 0))
@@ -202,10 +207,12 @@ def test_outputs_that_are_no_new_folder(trained, tmp_path, monkeypatch, output, 
 
 def test_changes_are_counted_after_rounding(trained, tmp_path):
     base, adapter = trained
-    slight = changed_adapter(adapter, tmp_path / "slight", lambda folder: rescale(folder, 1e-6))
-    assert merge(base, slight, tmp_path / "wide", torch.float32, 10**9).changed == 14
+    rounded = changed_adapter(base, tmp_path / "rounded", round_weights)
+    slight = changed_adapter(adapter, tmp_path / "slight", lambda folder: rescale(folder, 3e-4))
+    (slight / "persona.json").unlink()
+    assert merge(rounded, slight, tmp_path / "wide", torch.float32, 10**9).changed == 14
     with pytest.raises(DataError, match="changes nothing"):
-        merge(base, slight, tmp_path / "half", torch.float16, 10**9)
+        merge(rounded, slight, tmp_path / "half", torch.float16, 10**9)
     report = merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
     plain, ours = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     changes = [(ours[name].float() - plain[name].half().float()).abs().max().item() for name in ours]
@@ -217,6 +224,11 @@ def test_an_adapter_of_another_tool_is_not_said_to_be_verified(trained, tmp_path
     foreign = changed_adapter(adapter, tmp_path / "foreign", lambda folder: (folder / "persona.json").unlink())
     assert not merge(base, foreign, tmp_path / "theirs", torch.float16, 10**9).verified_base
     assert merge(base, adapter, tmp_path / "ours", torch.float16, 10**9).verified_base
+
+
+def test_a_name_longer_than_any_file_is_a_message(trained, tmp_path):
+    with pytest.raises(EnvironmentFault, match="File name too long"):
+        merge(*trained, tmp_path / ("x" * 300), torch.float16, 10**9)
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device"), OSError(28, "No space left on device")])
@@ -271,6 +283,17 @@ def test_a_broken_adapter_is_named(trained, tmp_path, harm, says):
     with pytest.raises(UsageError, match=says):
         merge(base, broken, tmp_path / "merged", torch.float16, 10**9)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_generation_configuration_that_transformers_would_not_save_is_kept(trained, tmp_path):
+    base, adapter = trained
+    values = {"temperature": 0.6, "eos_token_id": 7}  # without do_sample, as that of Llama 2
+    other = changed_adapter(base, tmp_path / "other", write("generation_config.json", json.dumps(values)))
+    merge(other, adapter, tmp_path / "merged", torch.float16, 10**9)
+    merged = json.loads((tmp_path / "merged" / "generation_config.json").read_text(encoding="utf-8"))
+    assert merged["temperature"] == 0.6
+    assert 7 in merged["eos_token_id"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config.eos_token_id[0] == 7
 
 
 def test_a_second_copy_of_the_weights_is_not_merged(trained, tmp_path):

@@ -10,6 +10,7 @@ from persona.console import excerpt, safe, table
 from persona.convert.draft import Rejection
 from persona.records import Record
 
+SAMPLE = Path("data/tamsin")  # what config/default.json trains on
 FEW_RECORDS = 20
 SAME_PROMPT_SHARE = 0.3
 SAME_PROMPT_RECORDS = 10  # below that a share says nothing
@@ -131,13 +132,19 @@ def verdict(report: dict[str, Any], max_reject: float) -> str | None:
 
 
 def next_command(report: dict[str, Any], output: Path) -> str:
-    """The command that trains on what was written."""
-    parts = ["python finetune.py", _setting("data.train_file", output / "train.jsonl")]
-    if report["val"]:
-        parts.append(_setting("data.validation_file", output / "val.jsonl"))
-    return " ".join([*parts, _setting("training.output_dir", Path("outputs") / output.resolve().name)])
+    """The command that trains on what was written, with nothing of the sample's own settings in force."""
+    if report["val"] and output.resolve() == SAMPLE.resolve():
+        return "python finetune.py"
+    settings = {
+        "data.train_file": (output / "train.jsonl").as_posix(),
+        "data.validation_file": (output / "val.jsonl").as_posix() if report["val"] else "null",
+        "data.settings_file": "null",
+        "data.system_prompt": "null",
+        "training.output_dir": f"outputs/{output.resolve().name}",
+    }
+    return " ".join(["python finetune.py", *(_setting(name, value) for name, value in settings.items())])
 
 
-def _setting(name: str, path: Path) -> str:
-    text = f"{name}={path.as_posix()}"
+def _setting(name: str, value: str) -> str:
+    text = f"{name}={value}"
     return f'--set "{text}"' if " " in text else f"--set {text}"
