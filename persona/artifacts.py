@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, fields
 from datetime import date
@@ -185,8 +184,3 @@ def merged_name(adapter: Path) -> str:
     if kind_of(folder) == "checkpoint":
         return f"{folder.parent.name}-{folder.name}"
     return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name
-
-
-def slug(text: str) -> str:
-    """A name for files made from `text`: letters, digits, dots, dashes and underscores of any script."""
-    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "model"
