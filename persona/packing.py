@@ -1,22 +1,20 @@
-"""Examples -> packs: what goes through the model at a time, and the loss of it.
+"""Examples -> packs: what goes through the model at a time.
 
-Where the architecture allows it, the examples of an update form a prefix tree: what they have in common, such as the
-character's card and the earlier turns of a conversation, is computed once, and every token attends to its ancestors
-and itself. Otherwise a pack is rows of one example each. Loss and gradients are the same either way.
+Where the architecture allows it (`persona.sharing`), the examples of an update form a prefix tree: what they have in
+common, such as the character's card and the earlier turns of a conversation, is computed once, and every token attends
+to its ancestors and itself. Otherwise a pack is rows of one example each. Loss and gradients are the same either way.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from persona.attention import Block, Tree
 from persona.render import Example
 
-# Architectures whose attention takes any mask and whose rotary positions take any numbers, each held to the rows'
-# loss and gradients by tests/test_packing.py. The others get one example a row.
-SHARING = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+BLOCK = 192  # tokens that attend at once: few enough that their scores stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -25,20 +23,9 @@ class Pack:
 
     input_ids: torch.Tensor  # (rows, length)
     position_ids: torch.Tensor | None  # (rows, length), None where they just count
-    mask: torch.Tensor | None  # (1, 1, length, length), True where a token attends; None is plain causal attention
+    tree: Tree | None  # who attends to whom; None is plain causal attention within each row
     positions: torch.Tensor  # (supervised,) index into the flattened input: where the logits are
     targets: torch.Tensor  # (supervised,) the token that should come there; a position may have several
-
-
-def can_share(config: Any, longest: int) -> bool:
-    """Whether a model of this configuration may be given prefix trees of up to `longest` positions."""
-    # eager attention would add the mask to the scores instead of choosing by it
-    if config.model_type not in SHARING or config._attn_implementation != "sdpa":
-        return False
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in layers if layers is not None else window is not None
-    return not slides or (window is not None and window >= longest)
 
 
 def inputs(example: Example) -> tuple[int, ...]:
@@ -83,8 +70,14 @@ def _plan_trees(examples: Sequence[Example], max_tokens: int) -> list[list[Examp
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the common beginning."""
-    limit = min(len(left), len(right))
-    return next((i for i in range(limit) if left[i] != right[i]), limit)
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def pack(examples: Sequence[Example], device: torch.device, share: bool) -> Pack:
@@ -113,7 +106,7 @@ def _tree(examples: Sequence[Example], device: torch.device) -> Pack:
     positions: list[int] = []
     targets: list[int] = []
     path: list[int] = []  # nodes from the root to the end of the example before
-    branches: list[tuple[list[int], int, int]] = []  # shared ancestors, first new node, end of the new nodes
+    segments: list[Segment] = []
     previous: tuple[int, ...] = ()
     for example in examples:
         tokens = inputs(example)
@@ -121,40 +114,51 @@ def _tree(examples: Sequence[Example], device: torch.device) -> Pack:
         begin = len(ids)
         ids += tokens[shared:]
         depths += range(shared, len(tokens))
+        if begin < len(ids):
+            segments.append((path[:shared], begin, len(ids)))
         path = [*path[:shared], *range(begin, len(ids))]
-        branches.append((path[:shared], begin, len(ids)))
         positions += path[len(example.prompt_ids) - 1 :]
         targets += example.reply_ids
         previous = tokens
-    mask = torch.zeros(len(ids), len(ids), dtype=torch.bool, device=device)
-    for ancestors, begin, end in branches:
-        mask[begin:end, ancestors] = True
-        mask[begin:end, begin:end] = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).tril()
-    return Pack(
-        torch.tensor([ids], device=device),
-        torch.tensor([depths], device=device),
-        mask[None, None],
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-    )
+    what, depth, where, which = (torch.tensor(values, device=device) for values in (ids, depths, positions, targets))
+    return Pack(what[None], depth[None], [_block(group, device) for group in _grouped(segments)], where, which)
 
 
-def supervised_logits(model: Any, packed: Pack) -> torch.Tensor:
-    """Logits (supervised, vocabulary) of a pack; the output layer runs on the supervised positions only.
-
-    The positions are picked in front of the output layer, whatever the architecture does behind it (soft caps, scales).
-    """
-    head = model.get_output_embeddings()
-    picked = head.register_forward_pre_hook(
-        lambda _, inputs: (inputs[0].flatten(0, 1).index_select(0, packed.positions).unsqueeze(0), *inputs[1:])
-    )
-    placed = {} if packed.mask is None else {"attention_mask": packed.mask, "position_ids": packed.position_ids}
-    try:
-        return model(input_ids=packed.input_ids, use_cache=False, **placed).logits[0]
-    finally:
-        picked.remove()
+Segment = tuple[list[int], int, int]  # ancestors from the root on, first new node, end of the new nodes
 
 
-def negative_log_likelihood(model: Any, packed: Pack) -> torch.Tensor:
-    """Sum over the pack's supervised tokens of -ln p(token), in float32."""
-    return F.cross_entropy(supervised_logits(model, packed).float(), packed.targets, reduction="sum")
+def _grouped(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Neighbouring segments in groups of up to BLOCK tokens; a longer segment is cut into even pieces."""
+    cuts = {ancestors[-1] + 1 for ancestors, _, _ in segments if ancestors}
+    groups: list[list[Segment]] = [[]]
+    for ancestors, begin, end in segments:
+        path = ancestors
+        inner = sorted(cut for cut in cuts if begin < cut < end)
+        for first, last in itertools.pairwise([begin, *inner, end]):
+            count = -(-(last - first) // BLOCK)
+            edges = [first + (last - first) * i // count for i in range(count + 1)]
+            for start, stop in itertools.pairwise(edges):
+                if groups[-1] and stop - groups[-1][0][1] > BLOCK:
+                    groups.append([])
+                groups[-1].append((path, start, stop))
+                path = [*path, *range(start, stop)]
+    return groups
+
+
+def _block(group: Sequence[Segment], device: torch.device) -> Block:
+    first, end = group[0][1], group[-1][2]
+    seen = torch.zeros(end - first, end, dtype=torch.bool)
+    for ancestors, start, stop in group:
+        seen[start - first : stop - first, ancestors] = True
+        seen[start - first : stop - first, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
+    by_all = seen[:, :first].all(0).nonzero().flatten().tolist()
+    by_some = (seen[:, :first].any(0) & ~seen[:, :first].all(0)).nonzero().flatten().tolist()
+    hidden = ~seen[:, [*by_some, *range(first, end)]]
+    return Block(first, end, [*_stretches(by_all), *_stretches(by_some), (first, end)], hidden.to(device))
+
+
+def _stretches(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending positions as stretches begin..end of neighbours."""
+    breaks = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
+    edges = [0, *breaks, len(positions)] if positions else []
+    return [(positions[a], positions[b - 1] + 1) for a, b in itertools.pairwise(edges)]

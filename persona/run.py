@@ -24,6 +24,7 @@ from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
 from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
 from persona.render import ChatFormat, Message, chat_format, decode
 from persona.run_folder import log_folder, next_commands, open_run, set_aside
+from persona.sharing import prepare_layout
 from persona.sources import resolve_model
 from persona.storage import write_json, write_text
 from persona.training import Trainer, best_checkpoint, choose_optimizer, run_training, stopped_early
@@ -139,11 +140,11 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
             "Training on several devices at once is not possible yet; start finetune.py without accelerate."
         )
     report(f"Loading {config.model.name_or_path} ...")
-    trainer = _trainer(material, run, accelerator, precision, checkpoint, current["base"]["name"], report)
+    trainer, unshared = _trainer(material, run, accelerator, precision, checkpoint, current["base"]["name"], report)
     try:
         write_text(run / "config.json", dump_config(config))
         write_json(run / "run.json", current)
-        report(_arithmetic(material, trainer, precision))
+        report(_arithmetic(material, trainer, precision, unshared))
         for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
             report(line)
         run_training(trainer)
@@ -160,17 +161,22 @@ def _trainer(
     checkpoint: Path | None,
     base_name: str,
     report: Callable[[str], None],
-) -> Trainer:
+) -> tuple[Trainer, str | None]:
+    """The trainer, and why it gives each example a row of its own, if it does."""
     config = material.config
     base = load_base(material.base, config.quantization, precision, accelerator.device)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = add_adapter(base, config.lora, config.seed, base_name)
+    longest = max(config.training.max_tokens_per_pack, config.evaluation.max_tokens_per_pack)
+    unshared = prepare_layout(model, material.train.examples, longest, accelerator)
     start = _start_of(checkpoint)
-    return Trainer(
+    trainer = Trainer(
         run=run,
-        model=add_adapter(base, config.lora, config.seed, base_name),
+        model=model,
         train=material.train.conversations,
         held_out=material.held_out.conversations,
+        share=unshared is None,
         training=config.training,
         evaluation=config.evaluation,
         seed=config.seed,
@@ -179,6 +185,7 @@ def _trainer(
         report=report,
         progress=Progress(),
     )
+    return trainer, unshared
 
 
 def _start_of(checkpoint: Path | None) -> Progress:
@@ -187,7 +194,7 @@ def _start_of(checkpoint: Path | None) -> Progress:
     return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["progress"])
 
 
-def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
+def _arithmetic(material: Material, trainer: Trainer, precision: str, unshared: str | None) -> str:
     config, train, held_out = material.config, material.train, material.held_out
     trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     share = train.supervised / train.tokens
@@ -200,7 +207,7 @@ def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
         ("device", f"{trainer.device} in {precision}, {torch.get_num_threads()} threads"),
         ("training", f"{len(train.conversations)} conversations, {len(train.examples)} examples (one a reply)"),
         ("tokens", f"{train.tokens:,}, of which {train.supervised:,} ({share:.0%}) are learned: replies, end tokens"),
-        ("computed", _sharing(trainer)),
+        ("computed", _layout(unshared)),
         ("held out", f"{len(held_out.examples)} examples, {held_out.supervised:,} measured tokens"),
         ("updates", f"{trainer.per_epoch} an epoch of {config.training.train_batch_size} conversations, "
          f"about {per_update:.0f} learned tokens each; {trainer.total} in all"),
@@ -213,9 +220,9 @@ def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
     return "\n".join([table(rows), *notes])
 
 
-def _sharing(trainer: Trainer) -> str:
-    if not trainer.share:
-        return f"one example a row: {trainer.model.config.model_type} is not among the models that share beginnings"
+def _layout(unshared: str | None) -> str:
+    if unshared is not None:
+        return f"one example a row: {unshared}"
     return "shared beginnings once a pack: the card, and earlier turns where the template leaves them alone"
 
 

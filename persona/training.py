@@ -22,8 +22,9 @@ from persona.checkpoints import Progress, latest_checkpoint, load_checkpoint, pr
 from persona.config import Evaluation, Training
 from persona.dataset import Conversation
 from persona.errors import Diverged, EnvironmentFault, Interrupted
+from persona.loss import negative_log_likelihood
 from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
-from persona.packing import can_share, negative_log_likelihood, pack, plan_packs
+from persona.packing import pack, plan_packs
 from persona.plan import conversations_of, total_updates, updates_per_epoch
 from persona.render import Example
 from persona.signals import StopRequest
@@ -71,6 +72,8 @@ class Trainer:
     model: PeftModel
     train: Sequence[Conversation]
     held_out: Sequence[Conversation]
+    share: bool
+    """Whether packs are prefix trees."""
     training: Training
     evaluation: Evaluation
     seed: int
@@ -87,8 +90,6 @@ class Trainer:
         scheduler = LambdaLR(optimizer, lambda step: rate_factor(step, total, warmup_ratio, kind))
         self.optimizer: Any = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = scheduler
-        longest = max(self.training.max_tokens_per_pack, self.evaluation.max_tokens_per_pack)
-        self.share = can_share(self.model.config, longest)
 
     @property
     def device(self) -> torch.device:

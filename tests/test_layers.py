@@ -12,19 +12,10 @@ PACKAGE = ROOT / "persona"
 LAYERS = (
     ("errors", "foreign_names", "config", "records", "console", "history", "curves"),
     ("convert", "render", "style"),
-    ("folders", "hub", "sources", "storage", "artifacts", "packing", "modeling", "merging", "dataset", "plan"),
-    (
-        "checkpoints",
-        "identity",
-        "metrics",
-        "run_folder",
-        "signals",
-        "training",
-        "generation",
-        "chat",
-        "evaluation",
-        "run",
-    ),
+    ("folders", "hub", "sources", "storage", "artifacts", "dataset", "plan")
+    + ("attention", "packing", "fused", "loss", "modeling", "merging"),
+    ("sharing", "checkpoints", "identity", "metrics", "run_folder", "signals", "training")
+    + ("generation", "chat", "evaluation", "run"),
 )
 SCRIPTS = len(LAYERS)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

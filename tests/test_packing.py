@@ -3,8 +3,10 @@
 import random
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,17 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import family, model, save_model
 
+from persona.attention import NAME
 from persona.config import Lora, Quantization
+from persona.fused import fuse, unfuse
+from persona.loss import negative_log_likelihood, supervised_logits
 from persona.modeling import add_adapter, load_base
-from persona.packing import can_share, inputs, negative_log_likelihood, pack, plan_packs, supervised_logits
+from persona.packing import inputs, pack, plan_packs
 from persona.render import Example, chat_format, render
+from persona.sharing import SHARING, why_not
 from persona.training import mean_loss
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SLIDES = ["full_attention", "sliding_attention"]
-SHARING = ("llama", "mistral", "qwen2", "qwen3")
 LOSS, GRADIENT = 1e-6, 1e-5  # relative, in float32
 
 
@@ -76,15 +80,30 @@ def cases():
     }
 
 
-@cache
-def adapted(architecture):
-    """A tiny model with an adapter whose two halves are both random, so that every gradient differs from zero."""
-    made = add_adapter(model(architecture), Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
+def with_adapter(base):
+    """`base` with an adapter whose two halves are both random, so that every gradient differs from zero."""
+    made = add_adapter(base, Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
     torch.manual_seed(1)
     for name, weight in made.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     return made.train()
+
+
+@cache
+def plain(architecture):
+    """The libraries' own layers and attention."""
+    return with_adapter(model(architecture))
+
+
+@cache
+def adapted(architecture):
+    """The same weights, computed as training does."""
+    made = with_adapter(model(architecture))
+    if architecture in SHARING:
+        made.get_base_model().set_attn_implementation(NAME)
+    fuse(made)
+    return made
 
 
 def measured(tuned, losses):
@@ -107,7 +126,7 @@ def plain_loss(tuned, example):
 
 @cache
 def expected(architecture, case):
-    tuned = adapted(architecture)
+    tuned = plain(architecture)
     return measured(tuned, (plain_loss(tuned, example) for example in cases()[case]))
 
 
@@ -132,21 +151,28 @@ def assert_same(found, wanted, loss=LOSS, gradient=GRADIENT):
     [*((True, size) for size in ("longest", 64, 128, 100_000)), *((False, size) for size in (128, 100_000))],
 )
 @pytest.mark.parametrize("case", cases())
-@pytest.mark.parametrize("architecture", SHARING)
+@pytest.mark.parametrize("architecture", sorted(SHARING))
 def test_the_layout_changes_nothing(architecture, case, share, size):
     examples = list(cases()[case])
     limit = max(len(inputs(example)) for example in examples) if size == "longest" else size
     random.Random(size).shuffle(examples)
     tuned = adapted(architecture)
-    assert can_share(tuned.config, limit)
+    assert why_not(tuned.config, limit) is None
     assert_same(packed_result(tuned, examples, limit, share), expected(architecture, case))
+
+
+@pytest.mark.parametrize("block", [1, 7, 16, 50])
+@pytest.mark.parametrize("case", cases())
+def test_the_size_of_blocks_changes_nothing(case, block, monkeypatch):
+    monkeypatch.setattr("persona.packing.BLOCK", block)
+    assert_same(packed_result(adapted("qwen3"), cases()[case], 300, True), expected("qwen3", case))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "gemma3_text"])
 def test_other_architectures_are_trained_in_rows(architecture):
     tuned = adapted(architecture)
-    assert not can_share(tuned.config, 128)
+    assert why_not(tuned.config, 128)
     assert_same(packed_result(tuned, cases()["history kept"], 300, False), expected(architecture, "history kept"))
 
 
@@ -155,23 +181,27 @@ def test_logits_behind_the_hook_are_those_of_the_whole_output(architecture):
     tuned = adapted(architecture)
     for share in {False, architecture in SHARING}:
         packed = pack(plan_packs(cases()["history kept"], 100_000, share)[0], CPU, share)
-        placed = {} if packed.mask is None else {"attention_mask": packed.mask, "position_ids": packed.position_ids}
+        everywhere = torch.arange(packed.input_ids.numel())
         with torch.no_grad():
             some = supervised_logits(tuned, packed)
-            whole = tuned(input_ids=packed.input_ids, use_cache=False, **placed).logits
-        assert whole.shape[:2] == packed.input_ids.shape  # the hook is gone again
+            whole = supervised_logits(tuned, replace(packed, positions=everywhere)).unflatten(0, packed.input_ids.shape)
         assert some.shape == (len(packed.targets), whole.shape[-1])
         torch.testing.assert_close(some, whole.flatten(0, 1)[packed.positions], rtol=1e-5, atol=1e-5)
 
 
 def test_the_hook_goes_after_an_error():
-    tuned = adapted("llama")
+    tuned = plain("gemma3_text")
     packed = pack(cases()["all the same"], CPU, False)
-    broken = SimpleNamespace(**{**vars(packed), "positions": torch.tensor([10**6])})
     with pytest.raises(IndexError):
-        supervised_logits(tuned, broken)
+        supervised_logits(tuned, replace(packed, positions=torch.tensor([10**6])))
     with torch.no_grad():
         assert tuned(input_ids=packed.input_ids).logits.shape[:2] == packed.input_ids.shape
+
+
+def test_a_tree_is_not_given_to_an_attention_that_ignores_it():
+    packed = pack(cases()["all the same"], CPU, True)
+    with pytest.raises(ValueError, match="prefix_tree"):
+        negative_log_likelihood(plain("llama"), packed)
 
 
 @pytest.mark.parametrize(("size", "packs"), [(100_000, 1), (150, 2), (60, 4)])
@@ -179,7 +209,7 @@ def test_one_update_of_eight_however_it_is_split(size, packs):
     tuned = adapted("llama")
     examples = (cases()["history kept"] + cases()["history rewritten"])[:8]
     supervised = sum(len(example.reply_ids) for example in examples)
-    alone = measured(tuned, (plain_loss(tuned, example) / supervised for example in examples))
+    alone = measured(plain("llama"), (plain_loss(plain("llama"), example) / supervised for example in examples))
     groups = plan_packs(examples, size, True)
     assert len(groups) >= packs
     split = measured(tuned, (negative_log_likelihood(tuned, pack(g, CPU, True)) / supervised for g in groups))
@@ -193,8 +223,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens(share, size):
     conversations = [tuple(cases()["history kept"][:3]), tuple(cases()["history kept"][3:5])]
     examples = [example for conversation in conversations for example in conversation]
     with torch.no_grad():
-        total = sum(plain_loss(tuned.eval(), example).item() for example in examples)
-    tuned.train()
+        total = sum(plain_loss(plain("qwen2"), example).item() for example in examples)
     accelerator = SimpleNamespace(autocast=nullcontext, device=CPU)
     found = mean_loss(tuned, conversations, size, accelerator, share)
     assert found == pytest.approx(total / sum(len(example.reply_ids) for example in examples), rel=LOSS)
@@ -202,33 +231,12 @@ def test_the_held_out_loss_is_the_mean_over_tokens(share, size):
 
 
 def test_a_window_as_long_as_the_pack_may_share():
-    tuned = add_adapter(model("mistral", sliding_window=128), Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
-    for name, weight in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    tuned = with_adapter(model("mistral", sliding_window=128))
     examples = cases()["history kept"]
     assert max(len(inputs(example)) for example in examples) <= 128
     alone = measured(tuned, (plain_loss(tuned, example) for example in examples))
+    tuned.get_base_model().set_attn_implementation(NAME)
     assert_same(packed_result(tuned, examples, 128, True), alone)
-
-
-@pytest.mark.parametrize(
-    ("settings", "longest", "allowed"),
-    [
-        ({"model_type": "llama"}, 10**6, True),
-        ({"model_type": "qwen3", "sliding_window": None}, 10**6, True),
-        ({"model_type": "mistral", "sliding_window": 4096}, 4096, True),
-        ({"model_type": "mistral", "sliding_window": 4096}, 4097, False),
-        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": ["full_attention"]}, 4096, True),
-        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": SLIDES}, 65, False),
-        ({"model_type": "gemma3_text", "sliding_window": 512, "layer_types": ["sliding_attention"]}, 16, False),
-        ({"model_type": "qwen3_next"}, 16, False),
-        ({"model_type": "opt"}, 16, False),
-        ({"model_type": "bloom"}, 16, False),
-    ],
-)  # fmt: skip
-def test_who_may_share(settings, longest, allowed):
-    assert can_share(SimpleNamespace(**settings, _attn_implementation="sdpa"), longest) is allowed
 
 
 # --- 4 bits ----------------------------------------------------------------------------------------------------------
@@ -238,11 +246,8 @@ def test_who_may_share(settings, longest, allowed):
 def in_4bit(tmp_path_factory):
     folder = save_model(tmp_path_factory.mktemp("packing") / "llama", "llama", family("qwen3"))
     base = load_base(folder, Quantization(), "fp32", CPU)
-    tuned = add_adapter(base, Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
-    for name, weight in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    return tuned.train()
+    base.set_attn_implementation(NAME)
+    return with_adapter(base)
 
 
 @pytest.mark.parametrize("size", [64, 100_000])
@@ -250,7 +255,9 @@ def test_rows_and_trees_agree_in_4_bits(in_4bit, size):
     # the 4-bit weights are taken back to float32 for every product, so only the order of sums differs
     assert any("Linear4bit" in type(module).__name__ for module in in_4bit.modules())
     examples = cases()["history rewritten"]
+    unfuse(in_4bit)
     alone = measured(in_4bit, (plain_loss(in_4bit, example) for example in examples))
+    fuse(in_4bit)
     for share in (False, True):
         assert_same(packed_result(in_4bit, examples, size, share), alone)
 
@@ -289,21 +296,38 @@ def test_a_plan_fills_packs_up_to_the_limit_and_loses_nothing(examples, limit, s
         assert pack([*group, following[0]], CPU, share).input_ids.numel() > limit
 
 
+def attended(packed):
+    """(tokens, tokens) True where a token attends, put together from the blocks."""
+    mask = torch.zeros(packed.input_ids.numel(), packed.input_ids.numel(), dtype=torch.bool)
+    for block in packed.tree:
+        sources = [position for begin, end in block.sources for position in range(begin, end)]
+        assert len(set(sources)) == len(sources)
+        seen = torch.ones(block.end - block.begin, len(sources), dtype=torch.bool)
+        seen[:, len(sources) - block.hidden.shape[1] :] &= ~block.hidden
+        mask[block.begin : block.end, sources] = seen
+    return mask
+
+
 def what_a_token_sees(packed, position):
     """The ids that the token at flat `position` attends to, itself included, in the order of their positions."""
-    if packed.mask is None:
+    if packed.tree is None:
         row, column = divmod(position, packed.input_ids.shape[1])
         return tuple(packed.input_ids[row, : column + 1].tolist())
-    seen = packed.mask[0, 0, position].nonzero().flatten()
+    seen = attended(packed)[position].nonzero().flatten()
     places = packed.position_ids[0, seen]
     assert sorted(places.tolist()) == list(range(len(seen)))  # positions count from the root without a gap
     assert packed.position_ids[0, position] == len(seen) - 1
     return tuple(packed.input_ids[0, seen[places.argsort()]].tolist())
 
 
-@settings(max_examples=150, deadline=None)
-@given(any_examples, st.booleans())
-def test_every_target_is_predicted_from_its_own_context(examples, share):
+@settings(max_examples=300, deadline=None)
+@given(any_examples, st.booleans(), st.integers(1, 12))
+def test_every_target_is_predicted_from_its_own_context(examples, share, block):
+    with patch("persona.packing.BLOCK", block):
+        check_contexts(examples, share)
+
+
+def check_contexts(examples, share):
     (group,) = plan_packs(examples, 10**6, share)
     packed = pack(group, CPU, share)
     found = Counter(

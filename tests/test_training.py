@@ -133,6 +133,7 @@ def test_the_held_out_loss_is_weighted_by_tokens(tmp_path, tiny_model):
     run, _ = train(config(tmp_path, tiny_model, held_out=5))
     from accelerate import Accelerator
 
+    from persona.attention import NAME
     from persona.config import Quantization
     from persona.modeling import load_base
     from persona.run import prepare
@@ -149,6 +150,7 @@ def test_the_held_out_loss_is_weighted_by_tokens(tmp_path, tiny_model):
         chosen = steps[len(example.prompt_ids) - 1 :].gather(1, ids[0, len(example.prompt_ids) :, None])
         total -= chosen.sum().item()
         tokens += len(example.reply_ids)
+    model.set_attn_implementation(NAME)
     ours = mean_loss(model, held_out.conversations, 300, Accelerator(cpu=True), True)
     assert ours == pytest.approx(total / tokens, rel=1e-5)
     assert metrics(run)[0]["eval/loss"] == pytest.approx(total / tokens, rel=1e-5)
@@ -573,15 +575,3 @@ def test_nohup_is_obeyed(monkeypatch):
         assert stop.number is None
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def test_eager_attention_gets_rows(tiny_model):
-    from transformers import AutoConfig
-
-    from persona.packing import can_share
-
-    loaded = AutoConfig.from_pretrained(tiny_model)
-    loaded._attn_implementation = "sdpa"
-    assert can_share(loaded, 100)
-    loaded._attn_implementation = "eager"
-    assert not can_share(loaded, 100)

@@ -1,0 +1,148 @@
+"""Layers of the model computed with fewer passes and fewer kept tensors, to the same result.
+
+PEFT's forward casts every input to the adapter's float32 and back and keeps the copies for the backward pass;
+transformers' norms and gated layers keep values that are cheaper to compute again. Training spends much of its time and
+most of its memory on that. Nothing here changes the model or its files: only the `forward` of the modules in memory.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+
+# Norms and gated layers of these compute what is written here; any other architecture keeps its own
+KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+
+def fuse(model: PeftModel) -> None:
+    """Replace the forward of plain LoRA layers and, in architectures that are known, of norms and gated layers."""
+    known = model.config.model_type in KNOWN
+    for module in model.modules():
+        if "forward" in vars(module):  # somebody else's, such as a hook of accelerate
+            continue
+        if hasattr(module, "lora_A") and _is_plain_lora(module):
+            module.forward = partial(_adapted, module, module.forward)
+        elif known and type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_norm, module)
+        elif known and type(module).__name__.endswith("MLP") and isinstance(module.act_fn, nn.SiLU):
+            module.forward = partial(_gated, module)
+
+
+def unfuse(model: PeftModel) -> None:
+    """Give the modules their own forward back."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func in (_adapted, _norm, _gated):
+            del module.forward
+
+
+def _is_plain_lora(module: Any) -> bool:
+    """Whether the layer is W x + s B A x over a linear layer: one adapter, no DoRA, no bias of its own."""
+    if len(module.lora_A) != 1 or len(module.lora_variant) or getattr(module, "fan_in_fan_out", False):
+        return False
+    (a,), (b,) = module.lora_A.values(), module.lora_B.values()
+    is_linear = type(module.base_layer) is nn.Linear or type(module.base_layer).__name__ == "Linear4bit"
+    return is_linear and a.bias is None and b.bias is None
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The precision of matrix products with `x`: that of the autocast, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _adapted(module: Any, without: Any, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    ((name, a),), (b,) = module.lora_A.items(), module.lora_B.values()
+    if args or options or module.disable_adapters or module.merged or module.active_adapters != [name]:
+        return without(x, *args, **options)
+    x = x.to(compute_dtype(x))
+    dropped = module.lora_dropout[name](x)
+    y: Any = _Adapted.apply(x, dropped, a.weight, b.weight, module.base_layer, module.scaling[name])
+    return y
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + bias + scale B A d, where d is x or x after dropout (LoRA, arXiv 2106.09685)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, d: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scale: float
+    ) -> torch.Tensor:
+        a, b, rows = a.to(x.dtype), b.to(x.dtype), x.flatten(0, -2)
+        low = d.flatten(0, -2) @ a.T
+        y = F.linear(rows, _frozen(base, x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+        y.addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(d, low, a, b)
+        ctx.base, ctx.scale, ctx.dropped = base, scale, d is not x
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        d, low, a, b = ctx.saved_tensors
+        grad = grads[0].to(d.dtype).flatten(0, -2)
+        grad_low = (grad @ b).mul_(ctx.scale)
+        grad_x = grad_d = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _frozen(ctx.base, d.dtype)
+            if not ctx.dropped:
+                grad_x.addmm_(grad_low, a)
+            grad_x = grad_x.view(d.shape)
+        if ctx.dropped and ctx.needs_input_grad[1]:
+            grad_d = (grad_low @ a).view(d.shape)
+        grad_b = (grad.T @ low).mul_(ctx.scale)
+        return grad_x, grad_d, grad_low.T @ d.flatten(0, -2), grad_b, None, None
+
+
+def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The frozen weight of `base` (out, in), taken out of its 4 bits where it is held in them."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight, state).to(dtype)
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    y: Any = _Norm.apply(x, module.weight, module.variance_epsilon)
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    """w x / rms(x), the quotient in float32 (RMSNorm, arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, scale, weight = ctx.saved_tensors
+        normed, grad = x.float().mul_(scale), (grads[0] * weight).float()
+        along = (grad * normed).mean(-1, keepdim=True)
+        return grad.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+
+
+def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
+    product: Any = _Product.apply(module.gate_proj(x), module.up_proj(x))
+    return module.down_proj(product)
+
+
+class _Product(torch.autograd.Function):
+    """silu(gate) up (SwiGLU, arXiv 2002.05202)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])

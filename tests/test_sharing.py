@@ -1,0 +1,205 @@
+"""Who may be given prefix trees, and the trial before the first update: what it finds, and that it leaves no trace."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import runs
+import torch
+from test_packing import cases, with_adapter
+from tiny import family, model, save_model
+
+from persona import fused, packing
+from persona.attention import NAME
+from persona.config import Lora, Quantization
+from persona.modeling import add_adapter, load_base
+from persona.run import finetune
+from persona.sharing import difference, prepare_layout, why_not
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SLIDES = ["full_attention", "sliding_attention"]
+
+
+def device(precision):
+    """As much of accelerate as the trial asks for; a process can have its real one in one precision only."""
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
+    return SimpleNamespace(device=torch.device("cpu"), autocast=autocast)
+
+
+@pytest.fixture
+def accelerator():
+    return device("fp32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest", "reason"),
+    [
+        ({"model_type": "llama"}, 10**6, None),
+        ({"model_type": "qwen3", "sliding_window": None}, 10**6, None),
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096, None),
+        ({"model_type": "mistral", "sliding_window": 4096}, 4097, "only 4096 tokens"),
+        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": ["full_attention"]}, 4096, None),
+        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": SLIDES}, 65, "only 64 tokens"),
+        ({"model_type": "gemma3_text", "sliding_window": 512, "layer_types": SLIDES}, 1536, "only 512 tokens"),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, 16, "linear_attention"),
+        ({"model_type": "mamba2"}, 16, "state"),
+        ({"model_type": "opt"}, 16, "learned"),
+        ({"model_type": "bloom"}, 16, "ALiBi"),
+        ({"model_type": "unheard_of"}, 16, "not among"),
+        ({"model_type": "llama", "attention_dropout": 0.1}, 16, "at random"),
+        ({"model_type": "llama", "_attn_implementation": "eager"}, 16, "eager"),
+    ],
+)  # fmt: skip
+def test_who_may_share(settings, longest, reason):
+    found = why_not(SimpleNamespace(**{"_attn_implementation": "sdpa"} | settings), longest)
+    assert found is None if reason is None else reason in found
+
+
+def trace(tuned):
+    """Everything that a trial could leave behind."""
+    weights = [weight.detach().clone() for weight in tuned.parameters()]
+    grads = [weight.grad for weight in tuned.parameters()]
+    dropouts = [module.p for module in tuned.modules() if isinstance(module, torch.nn.Dropout)]
+    return [*weights, torch.get_rng_state()], grads, dropouts, tuned.training
+
+
+def test_the_trial_finds_nothing_in_a_right_layout_and_leaves_no_trace(accelerator):
+    tuned = add_adapter(model("qwen2"), Lora(r=4, lora_dropout=0.3), seed=0, base_name="tiny").train()
+    before = trace(tuned)
+    assert prepare_layout(tuned, cases()["history kept"], 300, accelerator) is None
+    after = trace(tuned)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert after[1:] == before[1:]
+    assert before[2]
+
+
+def sees_its_sisters(group, device, right=packing._block):
+    block = right(group, device)
+    rows, columns = block.hidden.shape
+    return replace(block, hidden=torch.ones(rows, columns).triu(columns - rows + 1).bool())
+
+
+def sees_too_little(group, device, right=packing._block):
+    block = right(group, device)
+    return block if block.begin == 0 else replace(block, sources=[(1, 9), *block.sources[1:]])
+
+
+@pytest.mark.parametrize("wrong", [sees_its_sisters, sees_too_little])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trial_finds_a_wrong_tree(wrong, precision, monkeypatch):
+    accelerator = device(precision)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    tuned = with_adapter(model("llama").to(dtype))
+    examples = cases()["history kept"]
+    monkeypatch.setattr(packing, "BLOCK", 40)
+    assert prepare_layout(tuned, examples, 300, accelerator) is None
+    monkeypatch.setattr(packing, "_block", wrong)
+    assert "in a trial before the first update the" in prepare_layout(tuned, examples, 300, accelerator)
+    assert tuned.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in tuned.modules())
+
+
+def test_the_trial_finds_a_wrong_gradient(accelerator, monkeypatch):
+    tuned = with_adapter(model("llama"))
+    right = fused._Norm.backward
+
+    def wrong(ctx, *grads):
+        grad, *rest = right(ctx, *grads)
+        return (grad * 1.1, *rest)
+
+    monkeypatch.setattr(fused._Norm, "backward", staticmethod(wrong))
+    tuned.get_base_model().set_attn_implementation(NAME)
+    for share in (False, True):
+        assert "gradient" in difference(tuned, cases()["all the same"][:2], accelerator, share)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "gemma3_text"])
+def test_the_others_train_in_rows_and_say_why(architecture, tmp_path):
+    folder = save_model(tmp_path / architecture, architecture, family("chatml_default"))
+    said = []
+    config = runs.config(tmp_path, folder, training={"num_train_epochs": 1}, lora={"lora_dropout": 0.0})
+    finetune(config, True, said.append)
+    assert "one example a row: its " in "\n".join(said)
+    losses = [line["train/loss"] for line in runs.metrics(tmp_path / "outputs" / "tiny") if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_that_fails_the_trial_goes_on_in_rows(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(packing, "_block", sees_its_sisters)
+    said = []
+    finetune(runs.config(tmp_path, tiny_model, training={"num_train_epochs": 1}), True, said.append)
+    assert "one example a row: in a trial before the first update the" in "\n".join(said)
+
+
+# --- fused layers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_fused_layers_compute_what_the_libraries_do(tmp_path, precision, bits, dropout):
+    folder = save_model(tmp_path / "qwen2", "qwen2", family("chatml_default"))
+    base = load_base(folder, Quantization(load_in_4bit=bits == 4), precision, torch.device("cpu"))
+    tuned = with_adapter(base)
+    for module in tuned.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
+    ids = torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    results = []
+    for put in (fused.unfuse, fused.fuse):
+        put(tuned)
+        tuned.zero_grad()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.item(), [w.grad.clone() for w in tuned.parameters() if w.requires_grad]))
+    rounding = 2e-6 if precision == "fp32" else 0.05
+    assert results[1][0] == pytest.approx(results[0][0], rel=rounding)
+    for right, found in zip(results[0][1], results[1][1], strict=True):
+        assert right.norm() > 0
+        assert (found - right).norm() <= 5 * rounding * right.norm()
+
+
+def test_layers_with_more_to_them_keep_their_own_forward():
+    from peft import LoraConfig, get_peft_model
+
+    dora = get_peft_model(model("llama"), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+    fused.fuse(dora)
+    adapted = [module for module in dora.modules() if hasattr(module, "lora_A")]
+    assert adapted
+    assert not any("forward" in vars(module) for module in adapted)
+
+
+def test_a_fused_model_obeys_a_switched_off_adapter():
+    tuned = with_adapter(model("llama"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        right = tuned.get_base_model()(input_ids=ids).logits
+        with tuned.disable_adapter():
+            base = tuned(input_ids=ids).logits
+        fused.fuse(tuned)
+        assert torch.allclose(tuned(input_ids=ids).logits, right, atol=1e-5)
+        with tuned.disable_adapter():
+            assert torch.equal(tuned(input_ids=ids).logits, base)
+    assert not torch.allclose(base, right, atol=1e-3)
+
+
+def test_a_model_that_shares_still_generates(accelerator):
+    tuned = with_adapter(model("llama"))
+    ids = torch.arange(3, 30)[None]
+    tuned.eval()
+    right = tuned.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert prepare_layout(tuned, cases()["history kept"], 300, accelerator) is None
+    assert tuned.config._attn_implementation == NAME
+    tuned.eval()
+    found = tuned.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found.tolist() == right.tolist()
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
+    left = tuned.generate(
+        input_ids=padded, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert left[:, 4:].tolist() == right.tolist()
