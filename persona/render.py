@@ -16,6 +16,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from persona.errors import DataError, UsageError
+from persona.tokens import Encoder
 
 Message = dict[str, str]
 
@@ -31,6 +32,16 @@ NO_THINKING = {"enable_thinking": False, "thinking": False}
 _SYSTEM, _QUESTION, _REPLY, _SECOND = "Zsystemz Ztextz", "Zquestionz Zonez", "Zreplyz Ztextz", "Zquestionz Ztwoz"
 _OPEN_THOUGHT = re.compile(r"<([a-z:_]*think[a-z]*)>(?!.*</\1>)", re.DOTALL)
 _ASKED: tuple[Message, ...] = ({"role": "user", "content": _QUESTION},)
+_TALK: tuple[Message, ...] = (
+    {"role": "system", "content": _SYSTEM},
+    *_ASKED,
+    {"role": "assistant", "content": _REPLY},
+    {"role": "user", "content": _SECOND},
+)
+# What a template that cannot render a conversation raises
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# transformers marks the control tokens that people typed with such characters, and drops them from their texts
+_PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -51,6 +62,7 @@ class ChatFormat:
     """How a model's chat template treats a conversation, found by probing it once."""
 
     tokenizer: Any
+    encoder: Encoder
     fold_system: bool
     """The template has no system role; the system text goes in front of the first user message."""
     opening: str
@@ -66,6 +78,8 @@ class ChatFormat:
     """End of every prompt, the context in which a reply is tokenized."""
     control: frozenset[str]
     """Tokens that steer the model; text of people is never encoded to them."""
+    typed: re.Pattern[str]
+    """Finds the tokens of `control`."""
     notes: tuple[str, ...]
     """What a person should know about this template, one sentence each."""
 
@@ -89,8 +103,10 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     end_text, end_id = _reply_end(tokenizer, after, notes)
     control = _control_tokens(tokenizer, opening)
     tokenizer.chat_control_tokens = sorted(control)  # what sanitize_control_tokens goes by
-    frame = (before, after)
-    return ChatFormat(tokenizer, fold_system, opening, lead, frame, end_text, end_id, tail, control, tuple(notes))
+    typed = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
+    encoder = Encoder(tokenizer, _apply(tokenizer, _folded(_TALK, fold_system), True) + opening)
+    ends, guards, frame = (end_text, end_id), (control, typed), (before, after)
+    return ChatFormat(tokenizer, encoder, fold_system, opening, lead, frame, *ends, tail, *guards, tuple(notes))
 
 
 def _said(text: str) -> Message:
@@ -111,23 +127,21 @@ def _control_tokens(tokenizer: Any, opening: str) -> frozenset[str]:
 def _apply(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
     """The template's text; raises `UsageError` with the template's own words when it refuses."""
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt, **NO_THINKING
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        return _text(tokenizer, messages, generation_prompt)
+    except _REFUSALS as error:
         roles = " ".join(message["role"] for message in messages)
         raise UsageError(f"The chat template refuses a conversation of {roles}: {error}") from None
 
 
+def _text(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **NO_THINKING
+    )
+
+
 def _has_system_role(tokenizer: Any) -> bool:
-    messages = [
-        {"role": "system", "content": _SYSTEM},
-        {"role": "user", "content": _QUESTION},
-        {"role": "assistant", "content": _REPLY},
-        {"role": "user", "content": _SECOND},
-    ]
     try:
-        return all(_SYSTEM in _apply(tokenizer, messages[:end], True) for end in (2, 4))
+        return all(_SYSTEM in _apply(tokenizer, _TALK[:end], True) for end in (2, 4))
     except UsageError:
         return False
 
@@ -186,11 +200,16 @@ def _reply_end(tokenizer: Any, after: str, notes: list[str]) -> tuple[str, int]:
     return end_text, ids[0]
 
 
-def _folded(messages: Sequence[Message], fmt: ChatFormat) -> list[Message]:
-    if not fmt.fold_system or not messages or messages[0]["role"] != "system":
+def _folded(messages: Sequence[Message], fold_system: bool) -> list[Message]:
+    if not fold_system or not messages or messages[0]["role"] != "system":
         return list(messages)
     system, first, *rest = messages
     return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def _is_marked(text: str, fmt: ChatFormat) -> bool:
+    """Whether transformers would mark something in `text`, so that it is not encoded as it stands."""
+    return fmt.typed.search(text) is not None or not (text.isascii() or _PRIVATE_USE.search(text) is None)
 
 
 def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
@@ -198,18 +217,18 @@ def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
 
     Control tokens in the messages' own text are encoded as plain text, never as control ids.
     """
+    folded = _folded(messages, fmt.fold_system)
     try:
-        ids = fmt.tokenizer.apply_chat_template(
-            _folded(messages, fmt),
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,
-            return_dict=False,
-            **NO_THINKING,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        if any(_is_marked(text, fmt) for message in folded for text in message.values()):
+            ids = fmt.tokenizer.apply_chat_template(
+                folded, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, **NO_THINKING
+            )
+        else:
+            ids = fmt.encoder.encode(_text(fmt.tokenizer, folded, True))
+    except _REFUSALS as error:
         roles = " ".join(message["role"] for message in messages)
         raise Untrainable(f"the chat template refuses a conversation of {roles}: {error}") from None
-    return ids + _ids_behind(fmt.tail.removesuffix(fmt.opening), fmt.opening, fmt.tokenizer) if fmt.opening else ids
+    return ids + fmt.encoder.encode_behind(fmt.tail.removesuffix(fmt.opening), fmt.opening) if fmt.opening else ids
 
 
 def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:
@@ -218,20 +237,17 @@ def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:
     Raises `Untrainable` when the tokenizer cannot write the reply back exactly.
     """
     text = fmt.lead + as_written(reply, fmt)
-    if found := [token for token in fmt.control if token in text]:
+    if fmt.typed.search(text) and (found := [token for token in fmt.control if token in text]):
         raise Untrainable(f"the reply contains the model's control token {found[0]!r}; take it out of the text")
-    encode = fmt.tokenizer.encode
-    ids = _ids_behind(fmt.tail, text, fmt.tokenizer)
-    # compared behind the prompt, since SentencePiece's decoder drops a space at the very beginning
-    tail = encode(fmt.tail, add_special_tokens=False)
-    written = decode([*tail, *ids], fmt.tokenizer).removeprefix(decode(tail, fmt.tokenizer))
+    ids = fmt.encoder.encode_behind(fmt.tail, text)
+    written = fmt.encoder.decode_behind(fmt.tail, ids)
     if written not in (text, unicodedata.normalize("NFC", text)):  # Qwen's tokenizers fold to NFC
         place = next((i for i, (a, b) in enumerate(zip(written, text, strict=False)) if a != b), len(written))
         raise Untrainable(
             f"the tokenizer cannot write this reply back: at character {place + 1} {text[place : place + 20]!r} "
             f"becomes {written[place : place + 20]!r}"
         )
-    return [*ids, *encode(fmt.end_text, add_special_tokens=False)[:-1], fmt.end_id]
+    return [*ids, *fmt.encoder.encode(fmt.end_text)[:-1], fmt.end_id]
 
 
 def as_written(reply: str, fmt: ChatFormat) -> str:
@@ -241,24 +257,6 @@ def as_written(reply: str, fmt: ChatFormat) -> str:
     text = _apply(fmt.tokenizer, [*_ASKED, _said(reply)], False)
     before, after = fmt.frame
     return text.removeprefix(before).removesuffix(after)
-
-
-def _ids_behind(context: str, text: str, tokenizer: Any) -> list[int]:
-    """The ids of `text` as they are behind `context`, where SentencePiece adds no space of its own.
-
-    Where the two would merge into one token, behind a line break instead, and where that merges too, alone.
-    """
-    for before in (context, "\n"):
-        head = tokenizer.encode(before, add_special_tokens=False)
-        whole = tokenizer.encode(before + text, add_special_tokens=False)
-        if whole[: len(head)] == head:
-            return whole[len(head) :]
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def decode(ids: Sequence[int], tokenizer: Any) -> str:
-    """The text of `ids` as it is, special tokens included and no spaces cleaned up."""
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def fit(messages: Sequence[Message], fmt: ChatFormat, limit: int) -> tuple[list[int], int]:

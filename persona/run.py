@@ -22,11 +22,12 @@ from persona.generation import Speaker
 from persona.identity import check_same, identity_of, read_identity
 from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
 from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
-from persona.render import ChatFormat, Message, chat_format, decode
+from persona.render import ChatFormat, Message, chat_format
 from persona.run_folder import log_folder, next_commands, open_run, set_aside
 from persona.sharing import prepare_layout
 from persona.sources import resolve_model
 from persona.storage import write_json, write_text
+from persona.tokens import decode
 from persona.training import Trainer, best_checkpoint, choose_optimizer, run_training, stopped_early
 
 MEMORY_ADVICE = (

@@ -15,7 +15,6 @@ from persona.render import (
     Untrainable,
     as_written,
     chat_format,
-    decode,
     fit,
     freeze_date,
     prompt_ids,
@@ -23,6 +22,7 @@ from persona.render import (
     render,
     reply_ids,
 )
+from persona.tokens import decode
 
 SYSTEM = "You are Tamsin, keeper of the lighthouse."
 
