@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -16,17 +17,19 @@ from persona.checkpoints import Progress, latest_checkpoint, load_weights
 from persona.config import Config, dump_config
 from persona.console import dim, duration, excerpt, green, safe, table
 from persona.dataset import Dataset, Records, read_data, render_records, with_system
+from persona.devices import ALONE, Devices, build_accelerator
 from persona.errors import UsageError
 from persona.folders import read_config
 from persona.generation import Speaker
 from persona.identity import check_same, identity_of, read_identity
 from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
 from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
+from persona.optimizers import choose_optimizer
 from persona.render import ChatFormat, Message, chat_format, decode
 from persona.run_folder import log_folder, next_commands, open_run, set_aside
 from persona.sources import resolve_model
 from persona.storage import write_json, write_text
-from persona.training import Trainer, best_checkpoint, choose_optimizer, run_training, stopped_early
+from persona.training import Trainer, best_checkpoint, run_training, stopped_early
 
 MEMORY_ADVICE = (
     "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
@@ -98,27 +101,31 @@ def show_examples(material: Material, count: int, colour: bool) -> str:
     return "\n".join(blocks)
 
 
-def finetune(config: Config, resume: bool, report: Callable[[str], None]) -> Path:
-    """Train, or continue, the run that `config` describes; returns the finished adapter's folder."""
-    run = open_run(Path(config.training.output_dir))
+def finetune(config: Config, resume: bool, report: Callable[[str], None], devices: Devices = ALONE) -> Path:
+    """Train, or continue, the run that `config` describes; returns the finished adapter's folder.
+
+    All processes of `devices` call it; the main one alone reports and writes.
+    """
+    run = devices.on_main(lambda: open_run(Path(config.training.output_dir)))
     try:
-        with FileLock(run / ".lock", timeout=0), enough_memory(MEMORY_ADVICE):
-            if not resume:
+        lock = FileLock(run / ".lock", timeout=0) if devices.main else nullcontext()
+        with lock, enough_memory(MEMORY_ADVICE):
+            if not resume and devices.main:
                 set_aside(run, report)
-            return _finetune(config, run, report)
+            return _finetune(config, run, report if devices.main else lambda _: None, devices)
     except Timeout:
         raise UsageError(
             f"Another process is training in {run} right now; wait for it or choose another folder."
         ) from None
 
 
-def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
-    earlier = read_identity(run)
-    checkpoint, passed_over = latest_checkpoint(run)
+def _finetune(config: Config, run: Path, report: Callable[[str], None], devices: Devices) -> Path:
+    earlier, (checkpoint, passed_over) = devices.on_main(lambda: (read_identity(run), latest_checkpoint(run)))
     day = date.fromisoformat(earlier["date"]) if earlier and checkpoint else date.today()
     material = prepare(config, day)
     device = choose_device(config.model.device)
-    precision = choose_precision(config.training.precision, device)
+    devices.take_card(device)
+    precision = devices.same(choose_precision(config.training.precision, device), "training.precision")
     optimizer = choose_optimizer(config.training.optim, device)
     current = identity_of(
         config,
@@ -132,24 +139,21 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
         if earlier and earlier.get("summary") and (run / "adapter").is_dir():
             report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n\n{next_commands(run)}")
             return run / "adapter"
-    # accelerate may add scaling of the loss (fp16); it does not change the device
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            "Training on several devices at once is not possible yet; start finetune.py without accelerate."
-        )
+    accelerator = build_accelerator(precision, device, devices)
     report(f"Loading {config.model.name_or_path} ...")
-    trainer = _trainer(material, run, accelerator, precision, checkpoint, current["base"]["name"], report)
+    trainer = _trainer(material, run, accelerator, precision, checkpoint, current["base"]["name"], report, devices)
     try:
-        write_text(run / "config.json", dump_config(config))
-        write_json(run / "run.json", current)
+        if devices.main:
+            write_text(run / "config.json", dump_config(config))
+            write_json(run / "run.json", current)
         report(_arithmetic(material, trainer, precision))
         for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
             report(line)
         run_training(trainer)
     finally:
-        trainer.metrics.close()
-    return _finish(material, trainer, current, precision, report)
+        if trainer.metrics is not None:
+            trainer.metrics.close()
+    return devices.on_main(lambda: _finish(material, trainer, current, precision, report))
 
 
 def _trainer(
@@ -160,24 +164,28 @@ def _trainer(
     checkpoint: Path | None,
     base_name: str,
     report: Callable[[str], None],
+    devices: Devices,
 ) -> Trainer:
     config = material.config
     base = load_base(material.base, config.quantization, precision, accelerator.device)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     start = _start_of(checkpoint)
+    model = add_adapter(base, config.lora, config.seed, base_name)
+    devices.own_random_numbers(config.seed)
     return Trainer(
         run=run,
-        model=add_adapter(base, config.lora, config.seed, base_name),
+        model=model,
         train=material.train.conversations,
         held_out=material.held_out.conversations,
         training=config.training,
         evaluation=config.evaluation,
         seed=config.seed,
         accelerator=accelerator,
-        metrics=MetricsWriter(run, log_folder(run), start.history_bytes, start.step),
+        metrics=MetricsWriter(run, log_folder(run), start.history_bytes, start.step) if devices.main else None,
         report=report,
         progress=Progress(),
+        devices=devices,
     )
 
 
@@ -197,7 +205,7 @@ def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
     per_update = train.supervised / trainer.per_epoch
     rows = [
         ("base model", f"{config.model.name_or_path} in {bits}"),
-        ("device", f"{trainer.device} in {precision}, {torch.get_num_threads()} threads"),
+        ("device", f"{_device(trainer)} in {precision}, {torch.get_num_threads()} threads"),
         ("training", f"{len(train.conversations)} conversations, {len(train.examples)} examples (one a reply)"),
         ("tokens", f"{train.tokens:,}, of which {train.supervised:,} ({share:.0%}) are learned: replies, end tokens"),
         ("computed", _sharing(trainer)),
@@ -211,6 +219,11 @@ def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
     ]  # fmt: skip
     notes = [f"  note: {note}" for note in material.notes]
     return "\n".join([table(rows), *notes])
+
+
+def _device(trainer: Trainer) -> str:
+    count = trainer.devices.count
+    return str(trainer.device) if count == 1 else f"{count} of {trainer.device.type}"
 
 
 def _sharing(trainer: Trainer) -> str:
@@ -264,5 +277,6 @@ def _summary(trainer: Trainer, best: Path, precision: str) -> dict[str, str]:
         facts["held-out loss"] = f"{progress.base_loss:.4f} base, {progress.best_loss:.4f} tuned"
         facts["held-out perplexity"] = f"{base:.2f} base, {tuned:.2f} tuned ({tuned / base:.0%})"
     facts["time"] = f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
-    facts["peak memory"] = f"{peak_memory_gib(trainer.device):.1f} GiB ({trainer.device}, {precision})"
+    peak = max(trainer.peak_memory_gib, peak_memory_gib(trainer.device))
+    facts["peak memory"] = f"{peak:.1f} GiB ({_device(trainer)}, {precision})"
     return facts

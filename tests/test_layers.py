@@ -15,8 +15,10 @@ LAYERS = (
     ("folders", "hub", "sources", "storage", "artifacts", "packing", "modeling", "merging", "dataset", "plan"),
     (
         "checkpoints",
+        "devices",
         "identity",
         "metrics",
+        "optimizers",
         "run_folder",
         "signals",
         "training",
