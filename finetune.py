@@ -28,7 +28,7 @@ def main() -> None:
     if args.show is not None and args.show < 1:
         parser.error(f"--show takes a number from 1 on, not {args.show}")
 
-    from persona.devices import joined
+    from persona.launch import joined
 
     with joined() as devices:
         tune(args, devices)

@@ -1,29 +1,16 @@
-"""Several processes that train one model: who does what, what they tell each other, and how they end together.
+"""Several processes that train one model: which one this is, and what they tell each other.
 
-`accelerate launch` and `torchrun` start the same script once for every device. Each process holds the whole model; they
-meet whenever numbers are exchanged, and at every meeting they first say whether one of them has failed, so that a fault
-in one ends all of them, with one message and one exit code, and none waits for ever.
+They meet whenever numbers are exchanged, and at every meeting they first say whether one of them has failed, so that a
+fault in one ends all of them, with one message and one exit code, and none waits for ever.
 """
 
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from persona.errors import EnvironmentFault, PersonaError, UsageError
 
 T = TypeVar("T")
-# The first process may download a model while the others wait; a process that dies is noticed at once all the same.
-PATIENCE = timedelta(days=1)
-REFUSED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-}
 
 
 class EndedTogether(PersonaError):
@@ -34,7 +21,7 @@ class EndedTogether(PersonaError):
         self.exit_code = exit_code
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Devices:
     """This process among those of the run. Every method but the properties is a meeting: all processes must call it."""
 
@@ -44,6 +31,10 @@ class Devices:
     """Processes of the run, over all machines."""
     local_rank: int
     """Number of this process on its machine, and of its card."""
+    sharded: bool = False
+    """Whether the base model is shared out, so that no process can compute without the others."""
+    in_passes: bool = False
+    """Whether this process is in the middle of such passes, where the others cannot be told of a fault."""
 
     @property
     def main(self) -> bool:
@@ -95,6 +86,20 @@ class Devices:
         self.largest(0)
         return work() if self.local_rank else result  # pyright: ignore[reportReturnType]
 
+    def passes(self, groups: Sequence[Sequence[T]], spare: Sequence[T]) -> Iterator[tuple[Sequence[T], float]]:
+        """Each of `groups` with the weight 1.0.
+
+        With a sharded base all processes take equally many passes: one with fewer groups takes `spare` with weight 0.0.
+        """
+        if not self.sharded:
+            yield from ((group, 1.0) for group in groups)
+            return
+        number = int(self.largest(len(groups)))
+        self.in_passes = True
+        for place in range(number):
+            yield (groups[place], 1.0) if place < len(groups) else (spare, 0.0)
+        self.in_passes = False
+
     def sum_gradients(self, weights: Sequence[Any], loss: Any) -> Any:
         """Give each of `weights` the sum of its gradients over all processes; returns the sum of `loss`, a tensor."""
         if self.count == 1:
@@ -128,6 +133,17 @@ class Devices:
 
             torch.manual_seed(seed + self.rank)
 
+    def tell(self, error: Exception) -> None:
+        """End all processes with `error`; raises `EndedTogether`, or `error` itself where it is a bug."""
+        known = isinstance(error, PersonaError)
+        message = str(error) if known else f"a fault of the program, see above: {type(error).__name__}: {error}"
+        try:
+            self._meet(0, (message, error.exit_code if known else PersonaError.exit_code))
+        except PersonaError:
+            if known:
+                raise
+            raise error from None  # with its traceback
+
     def _meet(self, value: float, fault: tuple[str, int] | None) -> float:
         if self.count == 1:
             return value
@@ -156,7 +172,7 @@ class Devices:
 ALONE = Devices(0, 1, 0)
 
 
-class _Unreachable(EnvironmentFault):
+class Unreachable(EnvironmentFault):
     """The other processes cannot be told anything any more."""
 
 
@@ -164,99 +180,13 @@ def _exchange(work: Callable[[], Any]) -> None:
     try:
         work()
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise _Unreachable(
-            f"Another process of this run has ended, or cannot be reached ({reason}). Run the same command again to "
-            "continue after the last checkpoint."
-        ) from None
+        raise unreachable(error) from None
 
 
-@contextmanager
-def joined() -> Iterator[Devices]:
-    """This process among those that `accelerate launch` or `torchrun` started; alone without them.
-
-    What is raised inside is raised in all processes; only the first one on each machine says it, the others just exit.
-    """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        _refuse_unsupported()
-        yield ALONE
-        return
-    devices = _join(count)
-    try:
-        try:
-            _refuse_unsupported()
-            yield devices
-            devices.largest(0)  # the others may have failed at the very end
-        except (EndedTogether, _Unreachable):
-            raise
-        except PersonaError as error:
-            devices._meet(0, (str(error), error.exit_code))
-        except Exception as error:
-            with_reason = f"a fault of the program, see above: {type(error).__name__}: {error}"
-            try:
-                devices._meet(0, (with_reason, PersonaError.exit_code))
-            except PersonaError:
-                raise error from None  # with its traceback
-    except (EndedTogether, KeyboardInterrupt) as error:
-        if devices.local_rank:
-            raise SystemExit(error.exit_code if isinstance(error, EndedTogether) else 130) from None
-        raise
-    finally:
-        # The launcher terminates what is left once the first process has ended with an error: let each end by itself.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _leave()
-
-
-def build_accelerator(precision: str, device: Any, devices: Devices) -> Any:
-    """accelerate's mixed precision and, for fp16, scaling of the loss, on the device that was chosen.
-
-    Raises `UsageError` when the processes were started for another device, or by something else than we know.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
-
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        cpu=device.type == "cpu",
-        # given, so that accelerate's configuration file cannot divide the loss
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+def unreachable(error: Exception) -> Unreachable:
+    """What the failed exchange `error` means for a person."""
+    reason = (str(error).splitlines() or [""])[0]
+    return Unreachable(
+        f"Another process of this run has ended, or cannot be reached ({reason}). Run the same command again to "
+        "continue after the last checkpoint."
     )
-    if accelerator.num_processes != devices.count:
-        raise UsageError(
-            f"accelerate counts {accelerator.num_processes} processes, but torchrun's variables name {devices.count}; "
-            "start them with accelerate launch or torchrun."
-        )
-    if accelerator.device.type != device.type:
-        raise UsageError(
-            f"accelerate was told to use {accelerator.device.type}, but model.device means {device.type} here; start "
-            f'it with --set model.device="{accelerator.device.type}".'
-        )
-    return accelerator
-
-
-def _refuse_unsupported() -> None:
-    for variable, name in REFUSED.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise UsageError(
-                f"Training with {name} is not possible; several devices work with plain data parallelism, each holding "
-                "the whole model: accelerate launch --multi_gpu --num_processes N finetune.py (docs/devices.md)."
-            )
-
-
-def _leave() -> None:
-    import torch
-
-    torch.distributed.destroy_process_group()  # gloo's threads abort a process that ends without
-
-
-def _join(count: int) -> Devices:
-    from persona.sources import prepare_libraries
-
-    prepare_libraries(offline=False)  # before torch is imported
-    import torch
-
-    # objects and single numbers travel over gloo, and so do gradients on the CPU; those on CUDA cards over NCCL
-    nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
-    return Devices(torch.distributed.get_rank(), count, int(os.environ["LOCAL_RANK"]))

@@ -17,16 +17,18 @@ from persona.checkpoints import Progress, latest_checkpoint, load_weights
 from persona.config import Config, dump_config
 from persona.console import dim, duration, excerpt, green, safe, table
 from persona.dataset import Dataset, Records, read_data, render_records, with_system
-from persona.devices import ALONE, Devices, build_accelerator
+from persona.devices import ALONE, Devices
 from persona.errors import UsageError
 from persona.folders import read_config
 from persona.generation import Speaker
 from persona.identity import check_same, identity_of, read_identity
+from persona.launch import build_accelerator
 from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
 from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
 from persona.optimizers import choose_optimizer
 from persona.render import ChatFormat, Message, chat_format, decode
 from persona.run_folder import log_folder, next_commands, open_run, set_aside
+from persona.sharding import shard_base
 from persona.sources import resolve_model
 from persona.storage import write_json, write_text
 from persona.training import Trainer, best_checkpoint, run_training, stopped_early
@@ -167,11 +169,15 @@ def _trainer(
     devices: Devices,
 ) -> Trainer:
     config = material.config
-    base = load_base(material.base, config.quantization, precision, accelerator.device)
+    # a base that is shared out may be larger than one device
+    place = torch.device("cpu") if devices.sharded else accelerator.device
+    base = load_base(material.base, config.quantization, precision, place)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     start = _start_of(checkpoint)
     model = add_adapter(base, config.lora, config.seed, base_name)
+    if devices.sharded:
+        shard_base(model, accelerator.device, devices.count)
     devices.own_random_numbers(config.seed)
     return Trainer(
         run=run,
@@ -223,7 +229,8 @@ def _arithmetic(material: Material, trainer: Trainer, precision: str) -> str:
 
 def _device(trainer: Trainer) -> str:
     count = trainer.devices.count
-    return str(trainer.device) if count == 1 else f"{count} of {trainer.device.type}"
+    kind = f"{trainer.device.type} sharing out the base" if trainer.devices.sharded else trainer.device.type
+    return str(trainer.device) if count == 1 else f"{count} of {kind}"
 
 
 def _sharing(trainer: Trainer) -> str:
@@ -253,9 +260,9 @@ def _finish(
     report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
     question = _question(material)
-    report(
-        f"\n  asked: {safe(question[-1]['content'])}\n  says:  {safe(_speak_once(material, trainer, card, question))}\n"
-    )
+    if not trainer.devices.sharded:  # this process alone cannot compute with its part of the model
+        said = safe(_speak_once(material, trainer, card, question))
+        report(f"\n  asked: {safe(question[-1]['content'])}\n  says:  {said}\n")
     report(next_commands(run))
     return adapter
 

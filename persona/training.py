@@ -175,10 +175,11 @@ def _backward(trainer: Trainer, examples: Sequence[Example]) -> tuple[float, int
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.scale(total)  # sets it up, also in a process that gets no pack
     mine = portion(examples, trainer.devices.rank, trainer.devices.count, trainer.share)
-    for group in plan_packs(mine, trainer.training.max_tokens_per_pack, trainer.share):
+    groups = plan_packs(mine, trainer.training.max_tokens_per_pack, trainer.share)
+    for group, weight in trainer.devices.passes(groups, examples[:1]):
         packed = pack(group, trainer.device, trainer.share)
         with trainer.accelerator.autocast():
-            loss = negative_log_likelihood(trainer.model, packed) / supervised
+            loss = negative_log_likelihood(trainer.model, packed) * weight / supervised
         trainer.accelerator.backward(loss)
         total += loss.detach()
     total = trainer.devices.sum_gradients(trained_weights(trainer.model), total)
@@ -218,8 +219,9 @@ def mean_loss(
     model.eval()
     total = 0.0
     with torch.no_grad(), accelerator.autocast():
-        for group in plan_packs(portion(examples, devices.rank, devices.count, share), max_tokens, share):
-            total += negative_log_likelihood(model, pack(group, accelerator.device, share)).item()
+        groups = plan_packs(portion(examples, devices.rank, devices.count, share), max_tokens, share)
+        for group, weight in devices.passes(groups, examples[:1]):
+            total += weight * negative_log_likelihood(model, pack(group, accelerator.device, share)).item()
     model.train(was_training)
     return devices.total(total) / sum(len(example.reply_ids) for example in examples)
 

@@ -13,8 +13,8 @@ from runs import adapter_bytes, metrics, settings
 from safetensors.torch import load_file
 
 from persona.config import Config
-from persona.devices import joined
 from persona.errors import UsageError
+from persona.launch import joined
 from persona.plan import portion
 from persona.render import Example
 from persona.run import finetune
@@ -47,13 +47,13 @@ def launched(launcher, *script):
 class Pair:
     """Two processes of `script`, started as a launcher starts them but without one that would end the second."""
 
-    def __init__(self, *script):
+    def __init__(self, *script, **more):
         ask = "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"
         port = subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True).stdout.decode().strip()
         self.processes = []
         for rank in ("0", "1"):
             variables = environment(
-                RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+                RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **more
             )
             self.processes.append(
                 subprocess.Popen(
@@ -92,17 +92,22 @@ def test_two_processes_learn_what_one_learns(tmp_path, tiny_model):
     assert "2 of cpu in fp32" in done.stdout
     two = tmp_path / "outputs" / "two"
     assert (two / "loss.png").is_file()
-    ours, theirs = metrics(two), metrics(whole)
+    assert sum("train/loss" in line for line in metrics(two)) == 24
+    assert_same_learning(two, whole)
+
+
+def assert_same_learning(one, other):
+    ours, theirs = metrics(one), metrics(other)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    assert sum("train/loss" in line for line in ours) == 24
     for tag in ("train/loss", "eval/loss"):
         assert [line.get(tag, 0) for line in ours] == pytest.approx([line.get(tag, 0) for line in theirs], abs=1e-5)
-    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (two, whole)]
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other)]
     assert weights[0].keys() == weights[1].keys()
     assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) < 1e-4
 
 
-# Runs of these settings in the folders named last; in outputs/cut the second process gets a signal after an update.
+# Runs of these settings in the folders named last, in 4 bits where the name says so. In those whose name begins with
+# cut, something happens to the second process after an update: a signal, or its memory is full in the next one.
 HIT = """
 import os
 import signal
@@ -110,7 +115,7 @@ import sys
 from pathlib import Path
 
 from persona.console import run_script
-from persona.devices import joined
+from persona.launch import joined
 
 name, step, *folders = sys.argv[1:]
 
@@ -125,12 +130,21 @@ def main():
 
         def one_update(trainer):
             original(trainer)
-            if devices.rank == 1 and trainer.run.name == "cut" and trainer.progress.step == int(step):
-                os.kill(os.getpid(), getattr(signal, name))
+            if devices.rank == 1 and trainer.run.name.startswith("cut") and trainer.progress.step == int(step):
+                if name == "memory":
+                    training.negative_log_likelihood = full
+                else:
+                    os.kill(os.getpid(), getattr(signal, name))
 
         training._one_update = one_update
         for folder in folders:
-            finetune(load_config(Path("run.json"), [f"training.output_dir={folder}"]), True, print, devices)
+            bits = ["quantization.load_in_4bit=true"] if "4bit" in folder else []
+            made = load_config(Path("run.json"), [f"training.output_dir={folder}", *bits])
+            finetune(made, True, print, devices)
+
+
+def full(model, packed):
+    raise MemoryError("no memory left")
 
 
 run_script(main)
@@ -169,6 +183,45 @@ def test_stopped_and_killed_and_continued_is_the_same_run(tmp_path, tiny_model):
     assert "Until there 2 processes trained, now 1: dropout draws other random numbers" in "\n".join(said)
 
 
+# As `accelerate config` writes it
+FSDP = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config: {fsdp_version: 2}
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+mixed_precision: 'no'
+"""
+
+
+def test_a_base_that_is_shared_out_learns_the_same_in_16_and_in_4_bits(tmp_path, tiny_model):
+    training = {"num_train_epochs": 2, "max_tokens_per_pack": 100, "gradient_checkpointing": True, "save_steps": 4}
+    changes = {"lora": {"lora_dropout": 0}, "training": training, "evaluation": {"eval_steps": 4}}
+    made = write_settings(tmp_path, tiny_model, **changes)
+    whole = finetune(made, True, lambda _: None).parent
+    four = {"quantization": {"load_in_4bit": True}, "training": training | {"output_dir": "outputs/four"}}
+    whole_4bit = finetune(write_settings(tmp_path, tiny_model, **(changes | four)), True, lambda _: None).parent
+    write_settings(tmp_path, tiny_model, **changes)
+    (tmp_path / "hit.py").write_text(HIT, encoding="utf-8")
+    folders = ("outputs/shared", "outputs/cut-4bit")
+    codes, said, faults = Pair("hit.py", "memory", "5", *folders, ACCELERATE_USE_FSDP="true").ended()
+    assert codes == [4, 5], faults
+    assert "2 of cpu sharing out the base in fp32" in said[0]
+    assert "Another process of this run has ended" in faults[0]
+    assert "no memory left" in faults[1]
+    assert "Traceback" not in "".join(faults)
+    assert_same_learning(tmp_path / "outputs" / "shared", whole)
+
+    (tmp_path / "fsdp.yaml").write_text(FSDP, encoding="utf-8")
+    launcher = ("accelerate.commands.accelerate_cli", "launch", "--config_file", "fsdp.yaml")
+    four_bits = ("--set", "quantization.load_in_4bit=true")
+    done = launched(launcher, *FINETUNE, "training.output_dir=outputs/cut-4bit", *four_bits)
+    assert done.returncode == 0, done.stderr
+    assert "Continuing after update 4 " in done.stdout
+    assert_same_learning(tmp_path / "outputs" / "cut-4bit", whole_4bit)
+
+
 def test_a_mistake_is_said_once_and_all_end_with_its_code(tmp_path, tiny_model):
     write_settings(tmp_path, tiny_model)
     codes, said, faults = Pair(*FINETUNE, "data.train_file=nowhere.jsonl").ended()
@@ -183,7 +236,7 @@ MEETINGS = """
 import sys
 import torch
 from persona.console import run_script
-from persona.devices import joined
+from persona.launch import joined
 from persona.errors import Diverged, EnvironmentFault
 
 
@@ -238,13 +291,11 @@ def test_a_fault_in_one_process_ends_all_of_them(tmp_path, how):
     assert how == "bug" or faults[1] == ""
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize("variable", ["FSDP_OFFLOAD_PARAMS", "ACCELERATE_USE_DEEPSPEED"])
 def test_what_is_not_offered_is_refused_with_what_is(monkeypatch, variable):
     monkeypatch.setenv(variable, "true")
-    with (
-        pytest.raises(UsageError, match=r"data parallelism.*accelerate launch --multi_gpu.*docs/devices\.md"),
-        joined(),
-    ):
+    offered = r"data parallelism.*launch --multi_gpu.*--use_fsdp.*docs/devices\.md"
+    with pytest.raises(UsageError, match=offered), joined():
         raise AssertionError("refused before anything is done")
 
 

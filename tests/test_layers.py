@@ -16,9 +16,11 @@ LAYERS = (
     (
         "checkpoints",
         "devices",
+        "launch",
         "identity",
         "metrics",
         "optimizers",
+        "sharding",
         "run_folder",
         "signals",
         "training",
