@@ -2,14 +2,19 @@
 
     python finetune.py
     python finetune.py --config config/presets/qwen2.5-1.5b-8gb.json --set data.train_file=data/mine/train.jsonl
+    accelerate launch --multi_gpu --num_processes 2 finetune.py
 
 The same command continues an interrupted run. Every setting lies in the JSON file; see config/README.md.
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from persona.console import colour_wanted, run_script
+
+if TYPE_CHECKING:
+    from persona.devices import Devices
 
 
 def main() -> None:
@@ -23,6 +28,13 @@ def main() -> None:
     if args.show is not None and args.show < 1:
         parser.error(f"--show takes a number from 1 on, not {args.show}")
 
+    from persona.launch import joined
+
+    with joined() as devices:
+        tune(args, devices)
+
+
+def tune(args: argparse.Namespace, devices: "Devices") -> None:
     from persona.config import load_config
 
     config = load_config(args.config, args.set)
@@ -33,16 +45,20 @@ def main() -> None:
     from persona.sources import resolve_model
 
     read_data(config.data, config.seed)  # mistakes in the data come before a download
-    resolve_model(config.model.name_or_path)  # before transformers is imported: a local model switches the hub off
+    # before transformers is imported: a local model switches the hub off
+    devices.first_on_each_machine(lambda: resolve_model(config.model.name_or_path))
 
     from persona.run import finetune, prepare, show_examples
 
     if args.show is not None:
         material = prepare(config, date.today())
-        print(show_examples(material, args.show, colour_wanted()))
-        print("".join(f"note: {note}\n" for note in material.notes), end="")
+        if devices.main:
+            print(show_examples(material, args.show, colour_wanted()))
+            print("".join(f"note: {note}\n" for note in material.notes), end="")
         return
-    run = finetune(config, args.resume == "auto", lambda text: print(text, flush=True))
+    run = finetune(config, args.resume == "auto", lambda text: print(text, flush=True), devices)
+    if not devices.main:
+        return
 
     from persona.curves import draw
     from persona.history import read_history

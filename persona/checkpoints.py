@@ -8,6 +8,7 @@ the rest is JSON: there is no pickle, so a checkpoint of somebody else cannot ru
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from persona.errors import EnvironmentFault, UsageError
 from persona.storage import ADAPTER_WEIGHTS, MARKER, fault_in, publish, write_json
 
+_RANDOM = "random.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -57,10 +59,27 @@ def load_weights(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
 
 
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of this process's random numbers."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
 def save_checkpoint(
-    run: Path, model: PeftModel, optimizer: Any, scheduler: Any, scaler: Any, progress: Progress
+    run: Path,
+    model: PeftModel,
+    optimizer: Any,
+    scheduler: Any,
+    scaler: Any,
+    random: Sequence[dict[str, torch.Tensor]],
+    progress: Progress,
 ) -> Path:
-    """Write `checkpoint-<step>` in `run`, or nothing of it: `EnvironmentFault` when the disk is full."""
+    """Write `checkpoint-<step>` in `run`, or nothing of it: `EnvironmentFault` when the disk is full.
+
+    `random` is the `random_state` of every process.
+    """
     folder = run / f"checkpoint-{progress.step}"
     staging = run / f".staging-{progress.step}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -68,10 +87,8 @@ def save_checkpoint(
     try:
         save_adapter(model, staging)
         _save_optimizer(optimizer, staging)
-        random = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        save_file(random, staging / "random.safetensors")
+        states = {_of_process(name, rank): state for rank, own in enumerate(random) for name, state in own.items()}
+        save_file(states, staging / _RANDOM)
         scaling = scaler.state_dict() if scaler is not None else None
         write_json(
             staging / "progress.json",
@@ -115,18 +132,31 @@ def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, scaler: Any) -> Progress:
-    """Put weights, optimizer, schedule and random state back as they were when `folder` was written."""
+def processes_of(folder: Path) -> int:
+    """How many processes trained when the checkpoint in `folder` was written."""
+    return sum(name.partition(".")[0] == "cpu" for name in load_file(folder / _RANDOM))
+
+
+def _of_process(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
+
+
+def load_checkpoint(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, scaler: Any, rank: int) -> Progress:
+    """Put weights, optimizer, schedule and the random state of process `rank` back as when `folder` was written.
+
+    A process that did not exist then keeps its random state.
+    """
     load_weights(model, folder)
     _load_optimizer(optimizer, folder)
     state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     scheduler.load_state_dict(state["scheduler"])
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
-    random = load_file(folder / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    random = load_file(folder / _RANDOM)
+    if (cpu := random.get(_of_process("cpu", rank))) is not None:
+        torch.set_rng_state(cpu)
+    if (cuda := random.get(_of_process("cuda", rank))) is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
     return Progress(**state["progress"])
 
 

@@ -98,7 +98,8 @@ class _Adapted(torch.autograd.Function):
 
 def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """The frozen weight of `base` (out, in), taken out of its 4 bits where it is held in them."""
-    state = getattr(base.weight, "quant_state", None)
+    # a weight that FSDP has put together again has lost its own
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     if state is None:
         return base.weight.to(dtype)
     from bitsandbytes.functional import dequantize_4bit

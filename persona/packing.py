@@ -33,6 +33,26 @@ def inputs(example: Example) -> tuple[int, ...]:
     return (*example.prompt_ids, *example.reply_ids[:-1])
 
 
+def portion(examples: Sequence[Example], rank: int, count: int, share: bool) -> Sequence[Example]:
+    """The examples that process `rank` of `count` computes; none, where there are fewer examples than processes.
+
+    Those that begin alike stay together, and each process gets about as many tokens; with `share`, tokens that an
+    example has in common with its neighbour count once.
+    """
+    if count == 1:
+        return examples
+    ordered = sorted(examples, key=inputs)
+    costs = [1 + len(inputs(example)) for example in ordered]
+    if share and ordered:
+        # what all have in common costs every process the same; it is taken off the first one
+        costs[0] -= _common(inputs(ordered[0]), inputs(ordered[-1]))
+        for place in range(1, len(ordered)):
+            costs[place] -= _common(inputs(ordered[place - 1]), inputs(ordered[place]))
+    ends = list(itertools.accumulate(costs))
+    owners = [int((end - cost / 2) * count / ends[-1]) for end, cost in zip(ends, costs, strict=True)]
+    return [example for example, owner in zip(ordered, owners, strict=True) if owner == rank]
+
+
 def plan_packs(examples: Sequence[Example], max_tokens: int, share: bool) -> list[list[Example]]:
     """Examples grouped so that each pack stays within `max_tokens`; a longer example goes alone.
 

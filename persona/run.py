@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,21 +15,26 @@ from filelock import FileLock, Timeout
 from persona.artifacts import PersonaCard, model_card, write_adapter
 from persona.checkpoints import Progress, latest_checkpoint, load_weights
 from persona.config import Config, dump_config
-from persona.console import dim, duration, excerpt, green, safe, table
+from persona.console import dim, excerpt, green, safe, table
 from persona.dataset import Dataset, Records, read_data, render_records, with_system
+from persona.devices import ALONE, Devices
 from persona.errors import UsageError
 from persona.folders import read_config
 from persona.generation import Speaker
 from persona.identity import check_same, identity_of, read_identity
-from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
+from persona.launch import build_accelerator
+from persona.metrics import MetricsWriter
 from persona.modeling import add_adapter, choose_device, choose_precision, enough_memory, load_base, load_tokenizer
+from persona.optimizers import choose_optimizer
+from persona.overview import arithmetic, summary
 from persona.render import ChatFormat, Message, chat_format
 from persona.run_folder import log_folder, next_commands, open_run, set_aside
-from persona.sharing import prepare_layout
+from persona.sharding import shard_base
+from persona.sharing import keep_rows, prepare_layout
 from persona.sources import resolve_model
 from persona.storage import write_json, write_text
 from persona.tokens import decode
-from persona.training import Trainer, best_checkpoint, choose_optimizer, run_training, stopped_early
+from persona.training import Trainer, best_checkpoint, run_training, stopped_early
 
 MEMORY_ADVICE = (
     "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
@@ -100,27 +106,31 @@ def show_examples(material: Material, count: int, colour: bool) -> str:
     return "\n".join(blocks)
 
 
-def finetune(config: Config, resume: bool, report: Callable[[str], None]) -> Path:
-    """Train, or continue, the run that `config` describes; returns the finished adapter's folder."""
-    run = open_run(Path(config.training.output_dir))
+def finetune(config: Config, resume: bool, report: Callable[[str], None], devices: Devices = ALONE) -> Path:
+    """Train, or continue, the run that `config` describes; returns the finished adapter's folder.
+
+    All processes of `devices` call it; the main one alone reports and writes.
+    """
+    run = devices.on_main(lambda: open_run(Path(config.training.output_dir)))
     try:
-        with FileLock(run / ".lock", timeout=0), enough_memory(MEMORY_ADVICE):
-            if not resume:
+        lock = FileLock(run / ".lock", timeout=0) if devices.main else nullcontext()
+        with lock, enough_memory(MEMORY_ADVICE):
+            if not resume and devices.main:
                 set_aside(run, report)
-            return _finetune(config, run, report)
+            return _finetune(config, run, report if devices.main else lambda _: None, devices)
     except Timeout:
         raise UsageError(
             f"Another process is training in {run} right now; wait for it or choose another folder."
         ) from None
 
 
-def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
-    earlier = read_identity(run)
-    checkpoint, passed_over = latest_checkpoint(run)
+def _finetune(config: Config, run: Path, report: Callable[[str], None], devices: Devices) -> Path:
+    earlier, (checkpoint, passed_over) = devices.on_main(lambda: (read_identity(run), latest_checkpoint(run)))
     day = date.fromisoformat(earlier["date"]) if earlier and checkpoint else date.today()
     material = prepare(config, day)
     device = choose_device(config.model.device)
-    precision = choose_precision(config.training.precision, device)
+    devices.take_card(device)
+    precision = devices.same(choose_precision(config.training.precision, device), "training.precision")
     optimizer = choose_optimizer(config.training.optim, device)
     current = identity_of(
         config,
@@ -134,24 +144,23 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None]) -> Path:
         if earlier and earlier.get("summary") and (run / "adapter").is_dir():
             report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n\n{next_commands(run)}")
             return run / "adapter"
-    # accelerate may add scaling of the loss (fp16); it does not change the device
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            "Training on several devices at once is not possible yet; start finetune.py without accelerate."
-        )
+    accelerator = build_accelerator(precision, device, devices)
     report(f"Loading {config.model.name_or_path} ...")
-    trainer, unshared = _trainer(material, run, accelerator, precision, checkpoint, current["base"]["name"], report)
+    trainer, unshared = _trainer(
+        material, run, accelerator, precision, checkpoint, current["base"]["name"], report, devices
+    )
     try:
-        write_text(run / "config.json", dump_config(config))
-        write_json(run / "run.json", current)
-        report(_arithmetic(material, trainer, precision, unshared))
+        if devices.main:
+            write_text(run / "config.json", dump_config(config))
+            write_json(run / "run.json", current)
+        report(arithmetic(config, material.train, material.held_out, material.notes, trainer, precision, unshared))
         for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
             report(line)
         run_training(trainer)
     finally:
-        trainer.metrics.close()
-    return _finish(material, trainer, current, precision, report)
+        if trainer.metrics is not None:
+            trainer.metrics.close()
+    return devices.on_main(lambda: _finish(material, trainer, current, precision, report))
 
 
 def _trainer(
@@ -162,16 +171,21 @@ def _trainer(
     checkpoint: Path | None,
     base_name: str,
     report: Callable[[str], None],
+    devices: Devices,
 ) -> tuple[Trainer, str | None]:
     """The trainer, and why it gives each example a row of its own, if it does."""
     config = material.config
-    base = load_base(material.base, config.quantization, precision, accelerator.device)
+    # a base that is shared out may be larger than one device
+    place = torch.device("cpu") if devices.sharded else accelerator.device
+    base = load_base(material.base, config.quantization, precision, place)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = add_adapter(base, config.lora, config.seed, base_name)
-    longest = max(config.training.max_tokens_per_pack, config.evaluation.max_tokens_per_pack)
-    unshared = prepare_layout(model, material.train.examples, longest, accelerator)
     start = _start_of(checkpoint)
+    if devices.sharded:
+        shard_base(model, accelerator.device, devices.count)
+    unshared = _agreed_layout(model, material, accelerator, devices)
+    devices.own_random_numbers(config.seed)
     trainer = Trainer(
         run=run,
         model=model,
@@ -182,53 +196,29 @@ def _trainer(
         evaluation=config.evaluation,
         seed=config.seed,
         accelerator=accelerator,
-        metrics=MetricsWriter(run, log_folder(run), start.history_bytes, start.step),
+        metrics=MetricsWriter(run, log_folder(run), start.history_bytes, start.step) if devices.main else None,
         report=report,
         progress=Progress(),
+        devices=devices,
     )
     return trainer, unshared
+
+
+def _agreed_layout(model: Any, material: Material, accelerator: Accelerator, devices: Devices) -> str | None:
+    """Why the run gives each example a row of its own, if it does; the same in all processes."""
+    config = material.config
+    longest = max(config.training.max_tokens_per_pack, config.evaluation.max_tokens_per_pack)
+    reasons = devices.gather(prepare_layout(model, material.train.examples, longest, accelerator))
+    reason = next((found for found in reasons if found is not None), None)
+    if reason is not None and None in reasons:
+        keep_rows(model)
+    return reason
 
 
 def _start_of(checkpoint: Path | None) -> Progress:
     if checkpoint is None:
         return Progress()
     return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["progress"])
-
-
-def _arithmetic(material: Material, trainer: Trainer, precision: str, unshared: str | None) -> str:
-    config, train, held_out = material.config, material.train, material.held_out
-    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    share = train.supervised / train.tokens
-    bits = f"4 bits ({config.quantization.bnb_4bit_quant_type})" if config.quantization.load_in_4bit else "16 bits"
-    if not config.quantization.load_in_4bit and precision == "fp32":
-        bits = "32 bits"
-    per_update = train.supervised / trainer.per_epoch
-    rows = [
-        ("base model", f"{config.model.name_or_path} in {bits}"),
-        ("device", f"{trainer.device} in {precision}, {torch.get_num_threads()} threads"),
-        ("training", f"{len(train.conversations)} conversations, {len(train.examples)} examples (one a reply)"),
-        ("tokens", f"{train.tokens:,}, of which {train.supervised:,} ({share:.0%}) are learned: replies, end tokens"),
-        ("computed", _layout(unshared)),
-        ("held out", f"{len(held_out.examples)} examples, {held_out.supervised:,} measured tokens"),
-        ("updates", f"{trainer.per_epoch} an epoch of {config.training.train_batch_size} conversations, "
-         f"about {per_update:.0f} learned tokens each; {trainer.total} in all"),
-        ("adapter", f"r={config.lora.r} on {len(set(_adapted(trainer.model)))} kinds of layers, {trainable:,} weights"),
-        ("optimizer", f"{choose_optimizer(config.training.optim, trainer.device)}, "
-         f"{config.training.lr_scheduler_type}, peak {config.training.learning_rate:g}"),
-        ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
-    ]  # fmt: skip
-    notes = [f"  note: {note}" for note in material.notes]
-    return "\n".join([table(rows), *notes])
-
-
-def _layout(unshared: str | None) -> str:
-    if unshared is not None:
-        return f"one example a row: {unshared}"
-    return "shared beginnings once a pack: the card, and earlier turns where the template leaves them alone"
-
-
-def _adapted(model: Any) -> list[str]:
-    return sorted(model.peft_config["default"].target_modules)
 
 
 def _finish(
@@ -238,7 +228,7 @@ def _finish(
     run = trainer.run
     checkpoint = best_checkpoint(trainer)
     load_weights(trainer.model, checkpoint)
-    facts = _summary(trainer, checkpoint, precision)
+    facts = summary(trainer, checkpoint, precision)
     base, day = identity["base"], material.day.isoformat()
     card = PersonaCard(base["name"], base["fingerprint"], material.system, day)
     note = "The base model's licence applies to this adapter too; read it before you publish."
@@ -248,9 +238,9 @@ def _finish(
     report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
     question = _question(material)
-    report(
-        f"\n  asked: {safe(question[-1]['content'])}\n  says:  {safe(_speak_once(material, trainer, card, question))}\n"
-    )
+    if not trainer.devices.sharded:  # this process alone cannot compute with its part of the model
+        said = safe(_speak_once(material, trainer, card, question))
+        report(f"\n  asked: {safe(question[-1]['content'])}\n  says:  {said}\n")
     report(next_commands(run))
     return adapter
 
@@ -262,15 +252,3 @@ def _speak_once(material: Material, trainer: Trainer, card: PersonaCard, questio
     speaker = Speaker(trainer.model, material.fmt, config.generation, config.data.max_length, card, "adapter")
     with trainer.accelerator.autocast():
         return speaker.reply(question, lambda _: None)
-
-
-def _summary(trainer: Trainer, best: Path, precision: str) -> dict[str, str]:
-    progress = trainer.progress
-    facts = {"best": f"update {best.name.removeprefix('checkpoint-')} of {trainer.total}"}
-    if progress.base_loss is not None and progress.best_loss is not None:
-        base, tuned = perplexity(progress.base_loss), perplexity(progress.best_loss)
-        facts["held-out loss"] = f"{progress.base_loss:.4f} base, {progress.best_loss:.4f} tuned"
-        facts["held-out perplexity"] = f"{base:.2f} base, {tuned:.2f} tuned ({tuned / base:.0%})"
-    facts["time"] = f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
-    facts["peak memory"] = f"{peak_memory_gib(trainer.device):.1f} GiB ({trainer.device}, {precision})"
-    return facts

@@ -61,9 +61,14 @@ def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accele
     found = difference(model, short, accelerator, share=reason is None)
     if found is None:
         return reason
+    keep_rows(model)
+    return f"in a trial before the first update {found}"
+
+
+def keep_rows(model: Any) -> None:
+    """Give `model` its own attention and layers back, which take one example a row."""
     model.get_base_model().set_attn_implementation("sdpa")
     unfuse(model)
-    return f"in a trial before the first update {found}"
 
 
 def difference(model: Any, examples: Sequence[Example], accelerator: Any, share: bool) -> str | None:

@@ -9,7 +9,9 @@ from types import FrameType, TracebackType
 class StopRequest:
     """While entered, remembers the first SIGINT, SIGTERM, SIGHUP or SIGBREAK; a second one ends the program at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool) -> None:
+        """With `speaks`, a line on standard error says that the signal was heard."""
+        self._speaks = speaks
         self.number: int | None = None
         """The signal that asked to stop, or None."""
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last but one is POSIX only, the last Windows only
@@ -34,4 +36,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self.number = number
         # written past Python's buffers, which the signal may have interrupted
-        os.write(2, b"\nStopping after this update ... (again to stop at once, without saving)\n")
+        if self._speaks:
+            os.write(2, b"\nStopping after this update ... (again to stop at once, without saving)\n")

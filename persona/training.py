@@ -15,53 +15,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from persona.checkpoints import Progress, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from persona.checkpoints import (
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    processes_of,
+    prune,
+    random_state,
+    save_checkpoint,
+)
 from persona.config import Evaluation, Training
 from persona.dataset import Conversation
+from persona.devices import ALONE, Devices
 from persona.errors import Diverged, EnvironmentFault, Interrupted
 from persona.loss import negative_log_likelihood
 from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
-from persona.packing import pack, plan_packs
+from persona.optimizers import build_optimizer, choose_optimizer, rate_factor, trained_weights
+from persona.packing import pack, plan_packs, portion
 from persona.plan import conversations_of, total_updates, updates_per_epoch
 from persona.render import Example
 from persona.signals import StopRequest
 from persona.storage import fault_in
 
 SKIPPED_STEPS_LIMIT = 20  # fp16 lowers its loss scale after an overflow; from 65,536 it is at 0.06 after twenty
-
-
-def choose_optimizer(setting: str, device: torch.device) -> str:
-    """The optimizer for `training.optim` on `device`."""
-    if setting != "auto":
-        return setting
-    return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
-
-
-def rate_factor(step: int, total: int, warmup_ratio: float, kind: str) -> float:
-    """Share of the peak learning rate at update `step` of `total`, counted from 0; never 0, so that each one learns."""
-    warmup = min(math.ceil(warmup_ratio * total), total - 1)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / (total - warmup)
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
-
-
-def build_optimizer(name: str, model: Any, training: Training) -> Any:
-    """AdamW (arXiv 1711.05101) over the trainable weights: torch's, or bitsandbytes' with 8-bit states."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    rate, decay = training.learning_rate, training.weight_decay
-    if name == "adamw_torch":
-        return AdamW(weights, lr=rate, weight_decay=decay)
-    try:
-        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
-    except ImportError as error:
-        raise EnvironmentFault(
-            f'training.optim {name} needs bitsandbytes: {error}. Use --set training.optim="adamw_torch".'
-        ) from None
-    return (PagedAdamW8bit if name == "paged_adamw_8bit" else AdamW8bit)(weights, lr=rate, weight_decay=decay)
 
 
 @dataclass
@@ -78,9 +56,13 @@ class Trainer:
     evaluation: Evaluation
     seed: int
     accelerator: Accelerator
-    metrics: MetricsWriter
+    metrics: MetricsWriter | None
+    """None in all processes but the main one."""
     report: Callable[[str], None]
     progress: Progress
+    devices: Devices = ALONE
+    peak_memory_gib: float = 0.0
+    """Of the device with the most."""
 
     def __post_init__(self) -> None:
         self.per_epoch = updates_per_epoch(len(self.train), self.training.train_batch_size)
@@ -98,10 +80,15 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> list[str]:
         """Go back to the state in `checkpoint`; returns what a person should know about it."""
+        rank, count, before = self.devices.rank, self.devices.count, processes_of(checkpoint)
         progress = self.progress = load_checkpoint(
-            checkpoint, self.model, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler
+            checkpoint, self.model, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler, rank
         )
         said = [f"Continuing after update {progress.step} ({checkpoint})."]
+        if before != count:
+            said.append(
+                f"Until there {before} processes trained, now {count}: dropout draws other random numbers from here on."
+            )
         if progress.best_step is not None and (fault := fault_in(self.run / f"checkpoint-{progress.best_step}")):
             said.append(f"The best checkpoint so far, of update {progress.best_step}, is lost: {fault}.")
             progress.best_step = progress.best_loss = None
@@ -112,7 +99,7 @@ def run_training(trainer: Trainer) -> None:
     """All updates that are left, or until early stopping; raises `Interrupted` after a signal, with the state saved."""
     progress = trainer.progress
     started = time.perf_counter() - progress.seconds
-    with StopRequest() as stop:
+    with StopRequest(trainer.devices.main) as stop:
         if progress.step == 0 and trainer.held_out:
             progress.base_loss = _evaluate_and_log(trainer)
         while progress.step < trainer.total and not stopped_early(trainer):
@@ -120,14 +107,16 @@ def run_training(trainer: Trainer) -> None:
             progress.seconds = time.perf_counter() - started
             improved = _evaluate_if_due(trainer)
             progress.seconds = time.perf_counter() - started
-            if improved or stop.number is not None or _is_due(trainer, trainer.training.save_steps):
+            signal_number = int(trainer.devices.largest(stop.number or 0))  # all stop after the same update
+            if improved or signal_number or _is_due(trainer, trainer.training.save_steps):
                 _save(trainer)
-            if stop.number is not None and progress.step < trainer.total:
+            if signal_number and progress.step < trainer.total:
                 raise Interrupted(
                     f"Stopped after update {progress.step} of {trainer.total}; the state is saved. "
                     "Run the same command again to continue.",
-                    stop.number,
+                    signal_number,
                 )
+    trainer.peak_memory_gib = trainer.devices.largest(peak_memory_gib(trainer.device))
 
 
 def best_checkpoint(trainer: Trainer) -> Path:
@@ -164,9 +153,9 @@ def _one_update(trainer: Trainer) -> None:
             "train/learning_rate": rate,
             "train/grad_norm": norm,
             "train/tokens_per_second": tokens / (time.perf_counter() - begun),
-            "train/peak_memory_gib": peak_memory_gib(trainer.device),
+            "train/peak_memory_gib": trainer.devices.largest(peak_memory_gib(trainer.device)),
         }
-        trainer.metrics.write(progress.step, progress.step / trainer.per_epoch, values)
+        _write_metrics(trainer, values)
         left = (progress.seconds + time.perf_counter() - begun) / progress.step * (trainer.total - progress.step)
         trainer.report(
             f"update {progress.step:>4}/{trainer.total}  loss {loss:6.3f}  grad {norm:6.2f}  "
@@ -184,19 +173,23 @@ def _backward(trainer: Trainer, examples: Sequence[Example]) -> tuple[float, int
     """Gradients of the update's mean loss per supervised token; returns that loss and the tokens of its examples."""
     supervised = sum(len(example.reply_ids) for example in examples)
     total = torch.zeros((), device=trainer.device)
-    for group in plan_packs(examples, trainer.training.max_tokens_per_pack, trainer.share):
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.scale(total)  # sets it up, also in a process that gets no pack
+    mine = portion(examples, trainer.devices.rank, trainer.devices.count, trainer.share)
+    groups = plan_packs(mine, trainer.training.max_tokens_per_pack, trainer.share)
+    for group, weight in trainer.devices.passes(groups, examples[:1]):
         packed = pack(group, trainer.device, trainer.share)
         with trainer.accelerator.autocast():
-            loss = negative_log_likelihood(trainer.model, packed) / supervised
+            loss = negative_log_likelihood(trainer.model, packed) * weight / supervised
         trainer.accelerator.backward(loss)
         total += loss.detach()
+    total = trainer.devices.sum_gradients(trained_weights(trainer.model), total)
     return total.item(), sum(len(example.prompt_ids) + len(example.reply_ids) for example in examples)
 
 
 def _step(trainer: Trainer, loss: float) -> float:
     """Clip and step; returns the gradient's norm before clipping. Raises `Diverged` with the weights untouched."""
-    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    norm = float(trainer.accelerator.clip_grad_norm_(weights, trainer.training.max_grad_norm))  # pyright: ignore
+    norm = float(trainer.accelerator.clip_grad_norm_(trained_weights(trainer.model), trainer.training.max_grad_norm))  # pyright: ignore
     overflow = trainer.accelerator.scaler is not None and not math.isfinite(norm)
     overflows = trainer.progress.overflows = trainer.progress.overflows + 1 if overflow else 0
     if not math.isfinite(loss) or (not math.isfinite(norm) and not overflow) or overflows > SKIPPED_STEPS_LIMIT:
@@ -214,7 +207,12 @@ def _step(trainer: Trainer, loss: float) -> float:
 
 
 def mean_loss(
-    model: Any, conversations: Sequence[Conversation], max_tokens: int, accelerator: Accelerator, share: bool
+    model: Any,
+    conversations: Sequence[Conversation],
+    max_tokens: int,
+    accelerator: Accelerator,
+    share: bool,
+    devices: Devices = ALONE,
 ) -> float:
     """Mean negative log-likelihood in nats per supervised token over `conversations`, whatever the packs."""
     examples = [example for conversation in conversations for example in conversation]
@@ -222,24 +220,30 @@ def mean_loss(
     model.eval()
     total = 0.0
     with torch.no_grad(), accelerator.autocast():
-        for group in plan_packs(examples, max_tokens, share):
-            total += negative_log_likelihood(model, pack(group, accelerator.device, share)).item()
+        groups = plan_packs(portion(examples, devices.rank, devices.count, share), max_tokens, share)
+        for group, weight in devices.passes(groups, examples[:1]):
+            total += weight * negative_log_likelihood(model, pack(group, accelerator.device, share)).item()
     model.train(was_training)
-    return total / sum(len(example.reply_ids) for example in examples)
+    return devices.total(total) / sum(len(example.reply_ids) for example in examples)
 
 
 def _evaluate_and_log(trainer: Trainer) -> float:
     progress = trainer.progress
     limit = trainer.evaluation.max_tokens_per_pack
-    loss = mean_loss(trainer.model, trainer.held_out, limit, trainer.accelerator, trainer.share)
+    loss = mean_loss(trainer.model, trainer.held_out, limit, trainer.accelerator, trainer.share, trainer.devices)
     if not math.isfinite(loss):
         raise Diverged(
             f"The held-out loss is not finite after update {progress.step}. Earlier checkpoints are good; lower "
             "training.learning_rate or use training.precision bf16 or fp32."
         )
-    values = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
-    trainer.metrics.write(progress.step, progress.step / trainer.per_epoch, values)
+    _write_metrics(trainer, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
     return loss
+
+
+def _write_metrics(trainer: Trainer, values: dict[str, float]) -> None:
+    if trainer.metrics is not None:
+        step = trainer.progress.step
+        trainer.metrics.write(step, step / trainer.per_epoch, values)
 
 
 def _evaluate_if_due(trainer: Trainer) -> bool:
@@ -264,6 +268,9 @@ def _is_due(trainer: Trainer, every: int | None) -> bool:
 
 
 def _save(trainer: Trainer) -> None:
+    random = trainer.devices.gather(random_state())
+    if trainer.metrics is None:
+        return
     trainer.progress.history_bytes = trainer.metrics.size
     save_checkpoint(
         trainer.run,
@@ -271,6 +278,7 @@ def _save(trainer: Trainer) -> None:
         trainer.optimizer.optimizer,
         trainer.scheduler,
         trainer.accelerator.scaler,
+        random,
         trainer.progress,
     )
     prune(trainer.run, trainer.progress.best_step)

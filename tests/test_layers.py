@@ -14,8 +14,8 @@ LAYERS = (
     ("convert", "tokens", "render", "style"),
     ("folders", "hub", "sources", "storage", "artifacts", "dataset", "plan")
     + ("attention", "packing", "fused", "loss", "modeling", "merging"),
-    ("sharing", "checkpoints", "identity", "metrics", "run_folder", "signals", "training")
-    + ("generation", "chat", "evaluation", "run"),
+    ("devices", "launch", "sharing", "sharding", "optimizers", "checkpoints", "identity", "metrics", "run_folder")
+    + ("signals", "training", "overview", "generation", "chat", "evaluation", "run"),
 )
 SCRIPTS = len(LAYERS)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -569,7 +569,7 @@ def test_nohup_is_obeyed(monkeypatch):
 
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with StopRequest() as stop:
+        with StopRequest(True) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
         assert stop.number is None
