@@ -14,7 +14,8 @@ import torch
 from persona.attention import Block, Tree
 from persona.render import Example
 
-BLOCK = 192  # tokens that attend at once: few enough that their scores stay in the processor's cache
+BLOCK = 192  # tokens that attend at once on a CPU: few enough that their scores stay in its cache
+BLOCK_ON_CARD = 512  # a card works through larger products sooner than it starts many of them
 
 
 @dataclass(frozen=True)
@@ -141,24 +142,26 @@ def _tree(examples: Sequence[Example], device: torch.device) -> Pack:
         targets += example.reply_ids
         previous = tokens
     what, depth, where, which = (torch.tensor(values, device=device) for values in (ids, depths, positions, targets))
-    return Pack(what[None], depth[None], [_block(group, device) for group in _grouped(segments)], where, which)
+    size = BLOCK if device.type == "cpu" else BLOCK_ON_CARD
+    tree = [_block(group, device) for group in _grouped(segments, size)]
+    return Pack(what[None], depth[None], tree, where, which)
 
 
 Segment = tuple[list[int], int, int]  # ancestors from the root on, first new node, end of the new nodes
 
 
-def _grouped(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Neighbouring segments in groups of up to BLOCK tokens; a longer segment is cut into even pieces."""
+def _grouped(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
+    """Neighbouring segments in groups of up to `size` tokens; a longer segment is cut into even pieces."""
     cuts = {ancestors[-1] + 1 for ancestors, _, _ in segments if ancestors}
     groups: list[list[Segment]] = [[]]
     for ancestors, begin, end in segments:
         path = ancestors
         inner = sorted(cut for cut in cuts if begin < cut < end)
         for first, last in itertools.pairwise([begin, *inner, end]):
-            count = -(-(last - first) // BLOCK)
+            count = -(-(last - first) // size)
             edges = [first + (last - first) * i // count for i in range(count + 1)]
             for start, stop in itertools.pairwise(edges):
-                if groups[-1] and stop - groups[-1][0][1] > BLOCK:
+                if groups[-1] and stop - groups[-1][0][1] > size:
                     groups.append([])
                 groups[-1].append((path, start, stop))
                 path = [*path, *range(start, stop)]

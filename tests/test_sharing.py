@@ -1,5 +1,6 @@
 """Who may be given prefix trees, and the trial before the first update: what it finds, and that it leaves no trace."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -161,6 +162,16 @@ def test_fused_layers_compute_what_the_libraries_do(tmp_path, precision, bits, d
     for right, found in zip(results[0][1], results[1][1], strict=True):
         assert right.norm() > 0
         assert (found - right).norm() <= 5 * rounding * right.norm()
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_all_of_a_known_model_is_fused(tmp_path, bits):
+    folder = save_model(tmp_path / "qwen3", "qwen3", family("chatml_default"))
+    tuned = with_adapter(load_base(folder, Quantization(load_in_4bit=bits == 4), "fp32", torch.device("cpu")))
+    fused.fuse(tuned)
+    kinds = Counter(vars(module)["forward"].func.__name__ for module in tuned.modules() if "forward" in vars(module))
+    # two layers of 7 linear ones and 4 norms (two of them on queries and keys), and the norm at the end
+    assert kinds == {"_adapted": 14, "_norm": 9, "_gated": 2}
 
 
 def test_layers_with_more_to_them_keep_their_own_forward():
