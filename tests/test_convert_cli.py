@@ -40,6 +40,7 @@ def test_a_conversion(tmp_path):
     assert "python finetune.py --set data.train_file=" in done.stdout
     assert sorted(path.name for path in (tmp_path / "edda").iterdir()) == [
         "rejected.jsonl",
+        "report.html",
         "report.json",
         "train.jsonl",
         "val.jsonl",
@@ -101,7 +102,11 @@ def test_nothing_usable_writes_no_training_file(tmp_path):
     done = run(path, "--output", tmp_path / "out")
     assert done.returncode == 3
     assert "No record could be used" in done.stderr
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["rejected.jsonl", "report.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "rejected.jsonl",
+        "report.html",
+        "report.json",
+    ]
 
 
 def test_a_broken_file_is_named_and_nothing_is_written(tmp_path):

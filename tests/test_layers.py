@@ -12,7 +12,19 @@ PACKAGE = ROOT / "persona"
 LAYERS = (
     ("errors", "foreign_names", "config", "records", "console", "history", "curves"),
     ("convert", "render", "style"),
-    ("folders", "hub", "sources", "storage", "artifacts", "packing", "modeling", "merging", "dataset", "plan"),
+    (
+        "folders",
+        "hub",
+        "sources",
+        "tokenizing",
+        "storage",
+        "artifacts",
+        "packing",
+        "modeling",
+        "merging",
+        "dataset",
+        "plan",
+    ),
     (
         "checkpoints",
         "identity",
