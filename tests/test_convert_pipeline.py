@@ -26,7 +26,33 @@ EXPECTED = {  # file: (character, records, learned speeches)
     "dialogue_en.txt": ("Edda", 2, 4),
     "dialogue_zh.txt": ("艾达", 2, 5),
     "play.txt": ("edda", 2, 3),
+    "table.csv": (None, 3, None),
+    "table.tsv": (None, 2, None),
+    "table_gb18030.csv": (None, 2, None),
+    "questions.jsonl": (None, 2, None),
+    "pairs.jsonl": (None, 2, None),
+    "utterances.jsonl": ("艾达", 1, 2),
+    "utterance_lists.jsonl": ("Edda", 2, 2),
+    "lines.json": ("艾达", 5, 5),
+    "sillytavern.jsonl": (None, 1, 2),
+    "card.json": (None, 5, None),
+    "card.png": (None, 3, None),
+    "wechat.csv": ("我", 2, 3),
+    "qq.txt": ("艾达", 2, 2),
+    "discord.json": ("Edda", 1, 1),
+    "telegram.json": ("Edda", 1, 1),
+    "whatsapp.txt": ("Edda", 2, 2),
+    "chatgpt.json": (None, 1, None),
+    "articles": (None, 24, None),
 }
+
+
+def tokenizer():
+    """A tokenizer whose tokens are the characters."""
+    return "characters", lambda text: [(place, place + 1) for place in range(len(text))]
+
+
+SMALL = {"tokenizer": tokenizer, "chunk_tokens": (30, 90)}
 
 
 def rows(count, prompt="question {}"):
@@ -41,28 +67,29 @@ def write(path, data):
 def test_there_is_an_expectation_for_every_example():
     assert {path.name for path in EXAMPLES.iterdir()} == {*EXPECTED, "README.md"}
     described = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in described for name in EXPECTED)
+    assert all(f"`{name}`" in described or f"`{name}/`" in described for name in EXPECTED)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_examples(name, tmp_path):
     character, count, learned = EXPECTED[name]
-    conversion = convert(EXAMPLES / name, output=tmp_path, characters=(character,) if character else ())
+    conversion = convert(EXAMPLES / name, output=tmp_path, characters=(character,) if character else (), **SMALL)
     report = conversion.report
     assert (report["read"], report["written"], report["rejected"], report["duplicates"]) == (count, count, 0, 0)
     assert (report["speeches"] or {}).get("learned") == learned
     assert name in describe(report, conversion.shown)
     assert "assistant" in preview(conversion.records, 1, count)
-    again = convert(tmp_path / "train.jsonl", tmp_path / "val.jsonl", val_ratio=0)
+    again = convert(*(path for path in tmp_path.glob("*.jsonl") if path.stem != "rejected"), val_ratio=0)
     assert {record.to_json() for record in again.records} == {record.to_json() for record in conversion.records}
 
 
 def test_converting_the_output_changes_no_byte(tmp_path):
-    convert(EXAMPLES, output=tmp_path / "a", characters=("Edda", "艾达"), val_ratio=0)
+    convert(EXAMPLES, output=tmp_path / "a", characters=("Edda", "艾达", "我"), val_ratio=0, **SMALL)
     convert(tmp_path / "a", output=tmp_path / "b", val_ratio=0)
     first = (tmp_path / "a" / "train.jsonl").read_bytes()
     assert first == (tmp_path / "b" / "train.jsonl").read_bytes()
-    assert first.count(b"\n") == sum(count for _, count, _ in EXPECTED.values())
+    unique = sum(count for _, count, _ in EXPECTED.values())
+    assert first.count(b"\n") == unique + 4 * 5, "five settings stand five times"
 
 
 def test_same_input_same_bytes_and_the_order_of_rows_does_not_matter(tmp_path):

@@ -115,7 +115,7 @@ class Account:
         name = record.meta["group"]
         group = encode_basestring_ascii(name) if isinstance(name, str) else json.dumps(name, sort_keys=True)
         bonds = [fingerprint(reply) for reply in replies_of(folded)]
-        if draft.group or "group" in draft.meta:  # else it is a group by itself
+        if draft.group or draft.part or "group" in draft.meta:  # else it is a group by itself
             bonds.append(fingerprint(f"group {group}"))
         return self._split.add(int(rank(self.options.seed, group)[:16], 16), bonds, pinned)
 

@@ -22,7 +22,7 @@ _QQ_NOTICES = ("系统消息", "10000", "1000000")
 def recognise_qq(head: str) -> str | None:
     """Why the text is a QQ export, or None."""
     found = sum(_QQ.fullmatch(line.strip()) is not None for line in head.split("\n")[:200])
-    return "headers of the form 2017-02-25 10:40:20 NAME(12345)" if found >= 2 else None
+    return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME(12345)" if found >= 2 else None
 
 
 def recognise_whatsapp(head: str) -> str | None:
@@ -30,7 +30,7 @@ def recognise_whatsapp(head: str) -> str | None:
     lines = [without_marks(line) for line in head.split("\n")[:200]]
     found = [match for line in lines if (match := _WHATSAPP.fullmatch(line.strip()))]
     named = sum(_NAMED.fullmatch(match["rest"]) is not None for match in found)
-    return "lines of the form [31/12/23, 23:59:59] NAME: words" if named >= 2 else None
+    return "a WhatsApp export: lines of the form [31/12/23, 23:59:59] NAME: words" if named >= 2 else None
 
 
 def read_qq(text: str, options: Options) -> Script:
@@ -50,7 +50,7 @@ def read_qq(text: str, options: Options) -> Script:
             words.append(line)
     for said, lines in kept:
         said.text = "\n".join(lines).strip()
-    return to_script(messages, "QQ export", options)
+    return to_script(messages, "a QQ export", options)
 
 
 def _padded(time: str) -> str:
@@ -74,7 +74,7 @@ def read_whatsapp(text: str, options: Options) -> Script:
                 messages.append(Said("", match["rest"], number, time, SYSTEM_LINE))
         elif messages:
             messages[-1].text += f"\n{line}"
-    return to_script(messages, "WhatsApp export", options)
+    return to_script(messages, "a WhatsApp export", options)
 
 
 def _day_first(text: str) -> bool:

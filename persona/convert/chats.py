@@ -21,7 +21,7 @@ _MEDIA = re.compile(
 )
 _NOTICE = re.compile(
     r".{0,40}撤回了一条消息.{0,20}|.{0,40}(?:加入|退出)了?群聊.{0,20}|.{0,40}邀请.{0,60}加入了群聊.{0,20}|.{0,40}拍了拍.{0,60}"
-    r"|This message was deleted\.?|You deleted this message\.?|.{0,20}end-to-end encrypted.{0,200}"
+    r"|This message was deleted\.?|You deleted this message\.?|.{0,60}end-to-end encrypted.{0,200}"
     r"|.{0,60}(?:recalled|unsent) a message\.?",
     re.IGNORECASE,
 )
@@ -86,7 +86,7 @@ def to_script(messages: list[Said], layout: str, options: Options) -> Script:
         else:
             speeches.append(Speech(without_marks(message.speaker).strip() or "(unknown)", text, message.line, scene))
     timed = any(message.time is not None for message in messages)
-    cut = f", cut at {pauses:,} pauses of more than {options.max_gap:g} minutes" if timed else ""
+    cut = f", cut at pauses of more than {options.max_gap:g} minutes ({pauses:,})" if timed else ""
     return Script(speeches, timed, f"{layout}{cut}", left_out=left_out)
 
 

@@ -39,7 +39,11 @@ def _lines(head: str) -> list[str]:
 
 def header_of(head: str, separator: str) -> list[str]:
     """The names in the first line."""
-    return [cell.strip().removeprefix("\ufeff") for cell in next(csv.reader(_lines(head), delimiter=separator), [])]
+    try:
+        cells = next(csv.reader(_lines(head), delimiter=separator), [])
+    except csv.Error:
+        return []
+    return [cell.strip().removeprefix("\ufeff") for cell in cells]
 
 
 def table_rows(stream: TextIO, name: str, separator: str, limit: int, repairs: Counter[str]) -> Iterator[Row]:

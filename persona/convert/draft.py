@@ -26,6 +26,7 @@ class Draft:
     source_text: str = ""  # for the excerpt of a rejection
     learned: int = 0  # speeches, for formats with named speakers
     context: int = 0
+    part: bool = False  # of a row that was cut into several, which are one group
     fresh: bool = True  # made here from raw data; our own records come as they are, repetitions of settings included
 
 

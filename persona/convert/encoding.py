@@ -166,7 +166,7 @@ def _other_guess(path: Path) -> str | None:
         return "shift_jis" if high else None
     text = data.decode("gb18030", "ignore")
     wide = [character for character in text if character >= "\u2e80"]
-    common = sum(0xA1 <= character.encode("gb18030")[0] <= 0xD7 for character in wide)
+    common = sum(0xB0 <= character.encode("gb18030")[0] <= 0xD7 for character in wide)
     if not wide or common >= _COMMON * len(wide) or first_fault(path, "big5") is not None:
         return None
     traditional = [character for character in data.decode("big5", "ignore") if character >= "\u2e80"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from persona.console import excerpt
-from persona.convert import card, csv_input, detect, json_input, json_stream, lines, tables
+from persona.convert import card, csv_input, detect, json_input, json_stream, lines, tables, utterances
 from persona.convert.dialogue import Script
 from persona.convert.dialogue import parse as parse_dialogue
 from persona.convert.dialogue import recognise as recognise_dialogue
@@ -65,9 +65,7 @@ def _picture(source: Source, options: Options) -> Opened:
     row = Row(value, 1, "$", "")
     why = f"PNG with a {card.recognise(value, options)}"
     found = Probe("utf-8", "utf-8", None, len(data), "")
-    return Opened(
-        source, found, "card", why, lambda intake, chosen: drafts_of_rows(iter([row]), "card", intake, chosen)
-    )
+    return Opened(source, found, "card", why, lambda intake, chosen: drafts_of_rows(iter([row]), None, intake, chosen))
 
 
 def _by_format(source: Source, found: Probe, head: str, options: Options) -> Opened:
@@ -93,14 +91,15 @@ def _by_content(source: Source, found: Probe, head: str, options: Options) -> Op
     for name, chat in TEXT_FORMATS.items():
         if why := chat.recognise(head.replace("\r\n", "\n")):
             return _chat(source, found, name, why, options)
-    separator = csv_input.separator_of(head)
-    if separator and _known_table(csv_input.header_of(head, separator), options):
-        return _table(source, found, head, separator, options)
+    for mark in csv_input.SEPARATORS:
+        if _known_table(csv_input.header_of(head, mark), options):
+            return _table(source, found, head, mark, options)
     if opened := _dialogue(source, found, options, forced=False):
         return opened
     if why := detect.article(source.path, head):
         return _article(source, found, why)
-    if separator and csv_input.header_of(head, separator)[0] and len(head) > 20:
+    separator = csv_input.separator_of(head)
+    if separator and all(csv_input.header_of(head, separator)) and len(head) > 20:
         return _table(source, found, head, separator, options)
     raise Foreign(
         f"{source.name}: no format recognised: it begins with {excerpt(head, 30)!r}. Expected {EXPECTED}; "
@@ -161,7 +160,7 @@ def _article(source: Source, found: Probe, why: str) -> Opened:
 
 
 def _json(source: Source, found: Probe, head: str, options: Options) -> Opened:
-    by_line = json_input.one_object_a_line(head)
+    by_line = json_input.one_object_a_line(head) or utterances.one_scene_a_line(head)
     wrapped = not by_line and json_input.is_wrapped(head)
 
     def rows(repairs: Counter[str]) -> Iterator[Row]:

@@ -98,6 +98,8 @@ def _shortened(draft: Draft, options: Options) -> list[Draft]:
     counted = [
         Draft([*system, *part], Counter({name: 1}), draft.meta, draft.group, draft.line, draft.path) for part in parts
     ]
+    for draft_part in counted:
+        draft_part.part = True
     counted[0].repairs += draft.repairs
     counted[0].learned, counted[0].context, counted[0].fresh = draft.learned, draft.context, draft.fresh
     return counted

@@ -6,6 +6,7 @@ from typing import Any
 from persona.convert.dialogue import NARRATOR, Script, Speech, strip_quotes
 from persona.convert.json_input import Row
 from persona.convert.options import Options
+from persona.records import scan_json
 
 _NAMES = ("role", "speaker", "name", "from", "character")
 _TEXTS = ("text", "dialogue", "content", "line", "value")
@@ -25,6 +26,21 @@ def recognise(first: list[dict[str, Any]]) -> str | None:
             return None
     name, text = _keys(first[0]) or ("role", "dialogue")
     return f'an utterance a row, with "{name}" and "{text}"'
+
+
+def one_scene_a_line(head: str) -> bool:
+    """Whether the first line is an array of utterances, and so a scene by itself."""
+    line = head.removeprefix("\ufeff").lstrip().partition("\n")[0]
+    if not line.startswith("[{") or not line.rstrip().endswith("]"):
+        return False
+    try:
+        value, end, _ = scan_json(line)
+    except ValueError:
+        return False
+    turns = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+    return end == len(line.rstrip()) and bool(turns) and (
+        recognise([{"dialogue": value}]) is not None and len(head.strip()) > len(line.rstrip())
+    )  # fmt: skip
 
 
 def _keys(row: dict[str, Any]) -> tuple[str, str] | None:
