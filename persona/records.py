@@ -66,10 +66,9 @@ def check_messages(messages: object) -> tuple[dict[str, str], ...]:
         raise RecordFault(
             "NO_MESSAGES", "$.messages", f"found {_show(messages)}", "write a list of at least a user and an assistant"
         )
-    checked = tuple(
-        message if _is_plain(message) else _check_message(message, f"$.messages[{number}]")
-        for number, message in enumerate(messages)
-    )
+    if _is_plain(messages):
+        return tuple(messages)
+    checked = tuple(_check_message(message, f"$.messages[{number}]") for number, message in enumerate(messages))
     first = 1 if checked[0]["role"] == "system" else 0
     for number, message in enumerate(checked[first:]):
         wanted = ("user", "assistant")[number % 2]
@@ -84,12 +83,19 @@ def check_messages(messages: object) -> tuple[dict[str, str], ...]:
     return checked
 
 
-def _is_plain(message: Any) -> bool:
-    """Whether a message is beyond doubt, as nearly all are; the others are looked at one by one."""
-    if not isinstance(message, dict) or len(message) != 2 or message.get("role") not in ROLES:
-        return False
-    content = message.get("content")
-    return isinstance(content, str) and content != "" and not content.isspace() and content.isprintable()
+def _is_plain(messages: Sequence[Any]) -> bool:
+    """Whether messages are beyond doubt, as nearly all are; the others are looked at one by one."""
+    wanted = "user"
+    for message in messages:
+        if not isinstance(message, dict) or len(message) != 2:
+            return False
+        content, role = message.get("content"), message.get("role")
+        if role != wanted and (role != "system" or message is not messages[0]):
+            return False
+        if not isinstance(content, str) or not content or content.isspace() or not content.isprintable():
+            return False
+        wanted = "assistant" if role == "user" else "user"
+    return messages[-1]["role"] == "assistant"
 
 
 def _check_message(message: object, path: str) -> dict[str, str]:

@@ -89,6 +89,13 @@ def test_utterances(options, expected):
     assert [said(conversion, number) for number in range(len(conversion.records))] == expected
 
 
+def test_lines_that_belong_to_no_scene_are_each_used_once():
+    conversion = convert_data("A: 1\nA: 2\nB: 3\nB: 4\nA: 5\nB: 6\nA: 7", characters=("B",), flat=True)
+    assert [said(conversion, number) for number in range(2)] == [[("u", "2"), ("a", "3")], [("u", "5"), ("a", "6")]]
+    unused = {"scene without the character": 2, "no line before it": 1}
+    assert conversion.report["speeches"] == {"total": 7, "learned": 2, "context": 2, "not_used": unused}
+
+
 def test_scenes_of_utterances_and_short_replies():
     rows = [{**row, "scene": number // 3} for number, row in enumerate(ROWS)]
     conversion = convert_data(rows, characters=("B",))

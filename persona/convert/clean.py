@@ -29,9 +29,11 @@ def clean_text(text: str, path: str, repairs: Counter[str]) -> str:
 
 def is_clean(text: str) -> bool:
     """Whether nothing is to be done to a text, told five times as fast as by patterns, and true of most."""
-    if "<" in text or "[" in text or not (text.isprintable() or text.replace("\n", " ").isprintable()):
+    if "<" in text or "[" in text:
         return False
-    return not text or not (text[0].isspace() or text[-1].isspace())
+    if not text.isprintable():
+        return text.replace("\n", " ").isprintable() and not (text[0].isspace() or text[-1].isspace())
+    return text == "" or (text[0] != " " and text[-1] != " ")  # no other white space is printable
 
 
 def _clean(text: str, path: str, repairs: Counter[str]) -> str:
@@ -72,7 +74,10 @@ def fold(text: str) -> str:
 def fold_conversation(messages: Iterable[Message]) -> str:
     """Role, text, role, text, ... with zeros between, the texts folded: the same for what counts as a duplicate."""
     parts = [part for message in messages for part in (message["role"], message["content"].strip())]
-    return fold("\0".join(parts))  # a zero is no white space, and never stands in a text
+    text = "\0".join(parts)  # a zero is no white space, and never stands in a text
+    if "  " not in text and text.replace("\0", "").isprintable():  # then the only white space is single spaces
+        return text if text.isascii() else unicodedata.normalize("NFC", text)
+    return fold(text)
 
 
 def conversation_key(folded: str) -> str:

@@ -62,17 +62,25 @@ def conversations(script: Script, options: Options) -> tuple[list[Draft], Counte
 
 
 def _scenes(script: Script, spoken: list[Speech], names: set[str], options: Options) -> list[list[Speech]]:
-    if options.flat:  # unrelated lines: each line of the character stands with the line before it alone
-        return [spoken[max(0, i - 1) : i + 1] if i and not _is_mine(spoken[i - 1], names) else [spoken[i]]
-                for i in range(len(spoken)) if _is_mine(spoken[i], names) or _lonely(spoken, i, names)]  # fmt: skip
+    if options.flat:
+        return list(_pairs(spoken, names))
     if script.has_borders:
         return [list(group) for _, group in groupby(spoken, key=lambda speech: speech.scene)]
     return list(_cut_at_silence(spoken, names, options.context_turns))
 
 
-def _lonely(spoken: list[Speech], index: int, names: set[str]) -> bool:
-    """Whether a line of another is followed by no line of the character."""
-    return index + 1 == len(spoken) or not _is_mine(spoken[index + 1], names)
+def _pairs(spoken: list[Speech], names: set[str]) -> Iterator[list[Speech]]:
+    """Each line of the character with the line of another before it; every other line is a scene by itself."""
+    before: Speech | None = None
+    for speech in spoken:
+        mine = _is_mine(speech, names)
+        if before is not None:
+            yield [before, speech] if mine else [before]
+        elif mine:
+            yield [speech]
+        before = None if mine else speech
+    if before is not None:
+        yield [before]
 
 
 def _is_mine(speech: Speech, names: set[str]) -> bool:

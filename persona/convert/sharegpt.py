@@ -25,7 +25,7 @@ def convert(row: dict[str, Any], options: Options) -> Draft:
     """The conversation of one row."""
     repairs: Counter[str] = Counter()
     found = [key for key in _CONVERSATION_KEYS if row.get(key) is not None]
-    if not found or any(row[key] != row[found[0]] for key in found):
+    if len(found) != 1 and (not found or any(row[key] != row[found[0]] for key in found)):
         reason = f"found {', '.join(found) or 'no list of turns'}"
         raise RecordFault("NO_TURNS", "$", reason, 'write one list of turns under "conversations"')
     path = f"$.{found[0]}"

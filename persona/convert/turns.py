@@ -49,10 +49,9 @@ def plain_turn(turn: object, role_key: str, text_key: str, base: str, index: int
     if not isinstance(turn, dict) or len(turn) != 2:
         return None
     name, text = turn.get(role_key), turn.get(text_key)
-    if not isinstance(name, str) or not isinstance(text, str):
+    if not isinstance(name, str) or not isinstance(text, str) or name not in _SPOKEN or not is_clean(text):
         return None
-    role = _SPOKEN.get(name)
-    return Turn(role, text, base, index, text_key) if role and is_clean(text) else None
+    return Turn(_SPOKEN[name], text, base, index, text_key)
 
 
 def opening(text: str) -> str:
