@@ -92,7 +92,9 @@ def _is_plain(messages: Sequence[Any]) -> bool:
         content, role = message.get("content"), message.get("role")
         if role != wanted and (role != "system" or message is not messages[0]):
             return False
-        if not isinstance(content, str) or not content or content.isspace() or not content.isprintable():
+        if not isinstance(content, str) or not content or content.isspace():
+            return False
+        if not (content.isascii() or content.replace("\n", "").isprintable()):  # it may hold a surrogate
             return False
         wanted = "assistant" if role == "user" else "user"
     return messages[-1]["role"] == "assistant"

@@ -85,9 +85,7 @@ def test_the_set_of_fingerprints():
     assert not seen.add(0)
 
 
-@pytest.mark.parametrize("buffered", [10**9, 100])
-def test_lines_come_back_by_rank_whatever_the_memory(tmp_path, monkeypatch, buffered):
-    monkeypatch.setattr("persona.convert.store._BUFFERED", buffered)
+def test_lines_come_back_by_rank(tmp_path):
     shuffle = Shuffle(tmp_path)
     for number in range(500):
         shuffle.add(rank(0, str(number % 400))[:16], number, 0, f"线 {number}".encode())

@@ -136,6 +136,10 @@ class Account:
         copy = self._copies[number]
         self._shuffle.add(rank(self.options.seed, f"{key}#{copy}")[:16], number, copy, line)
 
+    def close(self) -> None:
+        """Let go of the files that hold the records on their way."""
+        self._shuffle.close()
+
     @property
     def has_settings(self) -> bool:
         """Whether any record is a setting."""

@@ -75,9 +75,12 @@ def fold_conversation(messages: Iterable[Message]) -> str:
     """Role, text, role, text, ... with zeros between, the texts folded: the same for what counts as a duplicate."""
     parts = [part for message in messages for part in (message["role"], message["content"].strip())]
     text = "\0".join(parts)  # a zero is no white space, and never stands in a text
-    if "  " not in text and text.replace("\0", "").isprintable():  # then the only white space is single spaces
-        return text if text.isascii() else unicodedata.normalize("NFC", text)
-    return fold(text)
+    text = text.replace("\n", " ")
+    if not text.replace("\0", "").isprintable():  # then there is other white space than spaces
+        return fold(text)
+    while "  " in text:
+        text = text.replace("  ", " ")
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def conversation_key(folded: str) -> str:

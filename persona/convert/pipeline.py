@@ -7,6 +7,7 @@ Records go through one at a time; what memory holds grows by some thirty bytes a
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,8 +62,9 @@ def convert_files(
     options = with_character((file.character for file in opened if file.speakers), options)
     speakers = sum((file.speakers for file in opened), Counter[str]())
     check_characters(speakers, {file.source.name for file in opened if file.speakers}, options.characters)
-    with explain_disk(staged.folder), TemporaryDirectory(prefix=".convert-", dir=staged.folder) as folder:
-        account = Account(options, staged, Path(folder), keep)
+    with explain_disk(staged.folder), ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory(prefix=".convert-", dir=staged.folder))
+        account = stack.enter_context(closing(Account(options, staged, Path(folder), keep)))
         entries: list[dict[str, Any]] = []
         for file in opened:
             try:

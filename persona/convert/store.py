@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from persona.errors import EnvironmentFault
 
-_PARTS = 256
-_BUFFERED = 16_000_000  # characters in memory before they are written to the parts
+_RANKS = 4  # of 256 that share a part: 64 files, a number that every system allows to be open
+_BUFFERED = 1 << 16
 
 
 @contextmanager
@@ -27,41 +27,40 @@ def explain_disk(folder: Path) -> Iterator[None]:
 
 
 class Shuffle:
-    """Lines put in, and given back in the order of their ranks."""
+    """Lines put in, and given back in the order of their ranks; at most one part of them is in memory."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._buffers: list[list[bytes]] = [[] for _ in range(_PARTS)]
-        self._size = 0
+        self._folder = folder
+        self._parts: dict[int, BinaryIO] = {}
 
     def add(self, rank: str, number: int, copy: int, line: bytes) -> None:
         """Put in a line; `rank` has 16 hexadecimal digits, `number` and `copy` settle ties."""
-        self._buffers[int(rank[:2], 16)].append(b"%b%010x%04x%b" % (rank.encode(), number, copy, line))
-        self._size += len(line)
-        if self._size > _BUFFERED:
-            self._flush()
+        part = int(rank[:2], 16) // _RANKS
+        file = self._parts.get(part) or self._open(part)
+        file.write(b"%b%010x%04x%b\n" % (rank.encode(), number, copy, line))
 
-    def _part(self, part: int) -> Path:
-        return self.folder / f"part-{part:03}"
+    def _open(self, part: int) -> BinaryIO:
+        self._parts[part] = file = self._path(part).open("wb", buffering=_BUFFERED)
+        return file
 
-    def _flush(self) -> None:
-        for part, lines in enumerate(self._buffers):
-            with self._part(part).open("ab") as file:
-                file.write(b"\n".join([*lines, b""]))
-            lines.clear()
-        self._size = 0
+    def _path(self, part: int) -> Path:
+        return self._folder / f"part-{part:02}"
+
+    def close(self) -> None:
+        """Close the files, which cannot be deleted on Windows before."""
+        for file in self._parts.values():
+            file.close()
 
     def in_order(self) -> Iterator[tuple[int, int, bytes]]:
         """Number, copy and line in the order of the ranks."""
-        for part, lines in enumerate(self._buffers):
-            path = self._part(part)
-            if path.exists():
-                lines = path.read_bytes().split(b"\n")[:-1] + lines
-                path.unlink()
+        for part, file in sorted(self._parts.items()):
+            file.close()
+            lines = self._path(part).read_bytes().split(b"\n")
+            self._path(part).unlink()
+            lines.pop()
             lines.sort()  # by rank, then in the order of the input
             for line in lines:
                 yield int(line[16:26], 16), int(line[26:30], 16), line[30:]
-            self._buffers[part] = []
 
 
 class Staged:
