@@ -27,7 +27,7 @@ def page(report: dict[str, Any], examples: list[dict[str, Any]]) -> str:
         f"<title>Data report</title><style>{_STYLE}</style></head><body>",
         "<h1>Data report</h1>",
         _sentence(report),
-        _section("Advice", "".join(f'<div class="warn">{escape(line)}</div>' for line in report["warnings"])),
+        _section("Advice", _advice(report["warnings"])),
         _section("Files", _files(report["files"])),
         _section("Skipped", _list(report["skipped"])),
         _section("Records", _outcome(report)),
@@ -58,6 +58,12 @@ def page(report: dict[str, Any], examples: list[dict[str, Any]]) -> str:
         "</body></html>\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _advice(lines: list[str]) -> str:
+    if not lines:
+        return "<p>Nothing was noticed that would hurt training.</p>"
+    return "".join(f'<div class="warn">{escape(line)}</div>' for line in lines)
 
 
 def _said(text: str | None) -> str:
