@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from persona.convert.clean import fold, fold_conversation, replies_of
 from persona.convert.split import Seen, Split, fingerprint, once_more
 from persona.convert.store import Shuffle
 from persona.records import rank
@@ -102,3 +103,13 @@ def test_the_fraction_of_a_weight(weight, extra):
     chosen = once_more(ranks, weight)
     assert len(chosen) == extra
     assert chosen == set(sorted(ranks, key=ranks.__getitem__)[:extra])
+
+
+@pytest.mark.parametrize(
+    "texts", [("a b", "a\nb"), ("a b", "a  b"), ("a b", "a\t\n b"), ("灯 塔", "灯\u3000塔"), ("é", "e\u0301")]
+)
+def test_conversations_fold_like_their_texts(texts):
+    one, other = ([{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in texts)
+    assert fold_conversation(one) == fold_conversation(other)
+    assert fold_conversation(one) == "\0".join(["user", fold(texts[0]), "assistant", fold(texts[0])])
+    assert replies_of(fold_conversation(other)) == [fold(texts[1])]

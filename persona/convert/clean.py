@@ -76,7 +76,8 @@ def fold_conversation(messages: Iterable[Message]) -> str:
     parts = [part for message in messages for part in (message["role"], message["content"].strip())]
     text = "\0".join(parts)  # a zero is no white space, and never stands in a text
     text = text.replace("\n", " ")
-    if not text.replace("\0", "").isprintable():  # then there is other white space than spaces
+    odd = "\t" in text if text.isascii() else not text.replace("\0", "").isprintable()
+    if odd:  # there is other white space than spaces
         return fold(text)
     while "  " in text:
         text = text.replace("  ", " ")
