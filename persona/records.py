@@ -1,4 +1,4 @@
-"""The one format on disk: JSONL of {"messages": [...], "meta": {...}}; reading, writing, splitting and weighting it.
+"""The one format on disk: JSONL of {"messages": [...], "meta": {...}}; reading, writing and weighting it.
 
 Whatever passes here is a conversation that can be trained on, so nothing behind this module checks again.
 """

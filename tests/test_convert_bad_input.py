@@ -350,7 +350,7 @@ def test_duplicates_exact_and_near():  # 76 to 78
 
 
 def test_a_ratio_that_cannot_be_held():  # 80
-    with pytest.raises(DataError, match="1 records in one group"):
+    with pytest.raises(DataError, match="1 record in one group"):
         convert_data([GOOD], val_ratio=0.1)
     assert convert_data([GOOD]).report["val"] == 0
     assert convert_data([GOOD], val_ratio=0).report["val"] == 0

@@ -14,9 +14,7 @@ _WORD = re.compile(r"[^\s,:\[\]{}\"'“”‘’]+")
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,300})(?:\.\d+)?(?:[eE][+-]?\d{1,3})?")
 _CLOSING = {'"': '"', "'": "'", "“": "”", "‘": "’"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'", "\n": ""}
-_LITERALS = {
-    **{"true": True, "false": False, "null": None, "True": True, "False": False, "None": None},
-}
+_LITERALS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 
 
 class Unreadable(ValueError):

@@ -90,7 +90,8 @@ def convert_files(
     if any(file.format == LINES for file in opened):
         report["system_prompt"] = lines.system_prompt(options)
     if options.val_ratio and report["written"] and not report["val"]:
-        found = f"{report['written']:,} records in one group, so none can be held out"
+        count = "1 record" if report["written"] == 1 else f"{report['written']:,} records"
+        found = f"{count} in one group, so none can be held out"
         raise DataError(
             f"--val-ratio {options.val_ratio:g}: {found}. Use --val-ratio 0, or give more. Nothing was written."
         )

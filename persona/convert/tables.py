@@ -58,7 +58,8 @@ def convert(row: dict[str, Any], options: Options) -> Draft:
 def _cell(value: object, path: str, repairs: Counter[str]) -> str:
     """The text of a cell; an empty one is "" and never the word NaN."""
     if value is None or value == "":
-        repairs["empty cells"] += path not in ("$.system",)
+        if path != "$.system":
+            repairs["empty cells"] += 1
         return ""
     return content_of(value, path, repairs)
 
