@@ -43,12 +43,11 @@ def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -
     """Figures of one update of ours over the first `count` examples of `data`.
 
     `padded` is one example a row in the libraries' own layers, `packed` examples one after another that share nothing,
-    `shared` what finetune.py does.
+    `shared` what finetune.py does in an update.
     """
     from datetime import date
 
     import torch
-    from accelerate import Accelerator
 
     from persona.attention import NAME
     from persona.config import Lora, Quantization
@@ -61,7 +60,6 @@ def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -
     from persona.render import Example, chat_format, render
 
     device = choose_device("auto")
-    accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
     fmt = chat_format(load_tokenizer(model, None, date.today()))
     examples = [example for record in read_records(data)[:count] for example in render(record.messages, fmt, 1024)]
     supervised = sum(len(example.reply_ids) for example in examples)
@@ -82,7 +80,7 @@ def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -
     total, computed, pairs = 0.0, 0, 0
     for group in plan_packs(examples, max_tokens, share):
         packed = pack(group, device, share)
-        with accelerator.autocast():
+        with torch.autocast(device.type, torch.bfloat16):
             loss = negative_log_likelihood(tuned, packed) / supervised
         loss.backward()
         total += loss.item()

@@ -27,7 +27,7 @@ def fuse(model: PeftModel) -> None:
             module.forward = partial(_adapted, module, module.forward)
         elif known and type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_norm, module)
-        elif known and type(module).__name__.endswith("MLP") and isinstance(module.act_fn, nn.SiLU):
+        elif known and type(module).__name__.endswith("MLP") and getattr(module.config, "hidden_act", None) == "silu":
             module.forward = partial(_gated, module)
 
 
@@ -125,9 +125,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, scale, weight = ctx.saved_tensors
-        normed, grad = x.float().mul_(scale), (grads[0] * weight).float()
+        normed, grad = x.float() * scale, (grads[0] * weight).float()
         along = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub_(normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+        return (grad - normed.mul_(along)).mul_(scale).to(x.dtype), None, None
 
 
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:

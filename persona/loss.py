@@ -76,4 +76,4 @@ class _NegativeLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None
+        return (ctx.gradient.float() * grads[0]).to(ctx.gradient.dtype), None, None

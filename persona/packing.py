@@ -101,9 +101,11 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     return low
 
 
-def pack(examples: Sequence[Example], device: torch.device, share: bool) -> Pack:
-    """One pack of `examples`, in the order of `plan_packs`, on `device`."""
-    return _tree(examples, device) if share and len(examples) > 1 else _rows(examples, device)
+def pack(examples: Sequence[Example], device: torch.device, share: bool, block: int | None = None) -> Pack:
+    """One pack of `examples`, in the order of `plan_packs`, on `device`; `block` tokens of a tree attend at once."""
+    if not share or len(examples) == 1:
+        return _rows(examples, device)
+    return _tree(examples, device, block or (BLOCK if device.type == "cpu" else BLOCK_ON_CARD))
 
 
 def _rows(examples: Sequence[Example], device: torch.device) -> Pack:
@@ -121,7 +123,7 @@ def _rows(examples: Sequence[Example], device: torch.device) -> Pack:
     return Pack(ids, None, None, where, what)
 
 
-def _tree(examples: Sequence[Example], device: torch.device) -> Pack:
+def _tree(examples: Sequence[Example], device: torch.device, block: int) -> Pack:
     ids: list[int] = []
     depths: list[int] = []
     positions: list[int] = []
@@ -142,8 +144,7 @@ def _tree(examples: Sequence[Example], device: torch.device) -> Pack:
         targets += example.reply_ids
         previous = tokens
     what, depth, where, which = (torch.tensor(values, device=device) for values in (ids, depths, positions, targets))
-    size = BLOCK if device.type == "cpu" else BLOCK_ON_CARD
-    tree = [_block(group, device) for group in _grouped(segments, size)]
+    tree = [_block(group, device) for group in _grouped(segments, block)]
     return Pack(what[None], depth[None], tree, where, which)
 
 

@@ -1,4 +1,4 @@
-"""The one format on disk: JSONL of {"messages": [...], "meta": {...}}; reading, writing, splitting and weighting it.
+"""The one format on disk: JSONL of {"messages": [...], "meta": {...}}; reading, writing and weighting it.
 
 Whatever passes here is a conversation that can be trained on, so nothing behind this module checks again.
 """
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from persona.console import excerpt
 from persona.errors import DataError, EnvironmentFault
 
 ROLES = ("system", "user", "assistant")
+_KEYS = {"role", "content"}
 MAX_DEPTH = 64  # deeper JSON is an attack or an accident; Python's own limit would end in a RecursionError
 MAX_DIGITS = 1000  # Python refuses to read or print integers of more than 4,300 digits
 SHOWN_FAULTS = 20
@@ -52,7 +54,10 @@ class Record:
 
     def to_json(self) -> str:
         """The record as one line of JSON, without the newline."""
-        return json.dumps({"messages": self.messages, "meta": self.meta}, ensure_ascii=False, allow_nan=False)
+        said = [
+            f'{{"role": "{message["role"]}", "content": {_QUOTE(message["content"])}}}' for message in self.messages
+        ]
+        return f'{{"messages": [{", ".join(said)}], "meta": {_to_json(self.meta)}}}'
 
 
 def check_messages(messages: object) -> tuple[dict[str, str], ...]:
@@ -61,6 +66,8 @@ def check_messages(messages: object) -> tuple[dict[str, str], ...]:
         raise RecordFault(
             "NO_MESSAGES", "$.messages", f"found {_show(messages)}", "write a list of at least a user and an assistant"
         )
+    if _is_plain(messages):
+        return tuple(messages)
     checked = tuple(_check_message(message, f"$.messages[{number}]") for number, message in enumerate(messages))
     first = 1 if checked[0]["role"] == "system" else 0
     for number, message in enumerate(checked[first:]):
@@ -76,11 +83,28 @@ def check_messages(messages: object) -> tuple[dict[str, str], ...]:
     return checked
 
 
+def _is_plain(messages: Sequence[Any]) -> bool:
+    """Whether messages are beyond doubt, as nearly all are; the others are looked at one by one."""
+    wanted = "user"
+    for message in messages:
+        if not isinstance(message, dict) or len(message) != 2:
+            return False
+        content, role = message.get("content"), message.get("role")
+        if role != wanted and (role != "system" or message is not messages[0]):
+            return False
+        if not isinstance(content, str) or not content or content.isspace():
+            return False
+        if not (content.isascii() or content.replace("\n", "").isprintable()):  # it may hold a surrogate
+            return False
+        wanted = "assistant" if role == "user" else "user"
+    return messages[-1]["role"] == "assistant"
+
+
 def _check_message(message: object, path: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise RecordFault("MESSAGE", path, f"found {_show(message)}", 'write {"role": ..., "content": ...}')
-    unknown = sorted(str(key) for key in message.keys() - {"role", "content"})
-    if unknown:
+    if message.keys() - _KEYS:
+        unknown = sorted(str(key) for key in message.keys() - _KEYS)
         raise RecordFault(
             "UNKNOWN_KEY", path, f'unknown key "{unknown[0]}"', 'only "role" and "content" may stand here'
         )
@@ -106,41 +130,60 @@ def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
 
     Broken syntax raises json.JSONDecodeError.
     """
-    faults: list[str] = []
+    if _FAULTS:
+        _FAULTS.clear()
     try:
-        value, end = _strict_decoder(faults).raw_decode(text, start)
+        value, end = _STRICT.raw_decode(text, start)
     except RecursionError:
         raise json.JSONDecodeError(f"Nested deeper than {MAX_DEPTH} levels", text, start) from None
     if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        faults.append(f"it is nested deeper than {MAX_DEPTH} levels")
-    return value, end, faults[0] if faults else None
+        _FAULTS.append(f"it is nested deeper than {MAX_DEPTH} levels")
+    return value, end, _FAULTS[0] if _FAULTS else None
 
 
-def _strict_decoder(faults: list[str]) -> json.JSONDecoder:
-    """A decoder that notes in `faults` what Python's json module lets pass, and goes on, so that the end is found."""
+# One decoder for all values: to build one takes as long as to read a short record. It notes here what Python's json
+# module lets pass, and goes on, so that the end of the value is found.
+_FAULTS: list[str] = []
 
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-            faults.append(f'the key "{excerpt(key, 40)}" stands {count} times in one object')
-        return found
 
-    def constant(name: str) -> None:
-        faults.append(f"{name} is not JSON")
+def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+        _FAULTS.append(f'the key "{excerpt(key, 40)}" stands {count} times in one object')
+    return found
 
-    def real(digits: str) -> float:
-        if math.isinf(value := float(digits)):
-            faults.append(f"the number {excerpt(digits, 20)} is too large")
-        return value
 
-    def integer(digits: str) -> int:
-        if len(digits) > MAX_DIGITS:
-            faults.append(f"a number has {len(digits)} digits")
-            return 0
-        return int(digits)
+def _constant(name: str) -> None:
+    _FAULTS.append(f"{name} is not JSON")
 
-    return json.JSONDecoder(object_pairs_hook=collect, parse_constant=constant, parse_float=real, parse_int=integer)
+
+def _real(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        _FAULTS.append(f"the number {excerpt(digits, 20)} is too large")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        _FAULTS.append(f"a number has {len(digits)} digits")
+        return 0
+    return int(digits)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_collect, parse_constant=_constant, parse_float=_real, parse_int=_integer)
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def _to_json(value: Any) -> str:
+    if isinstance(value, str):
+        return _QUOTE(value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return "{" + ", ".join([f"{_QUOTE(key)}: {_to_json(inner)}" for key, inner in value.items()]) + "}"
+    return _ENCODE(value)
+
+
+_QUOTE = encode_basestring  # of the same encoder; the rest of a message is always the same, and this twice as fast
 
 
 def _deeper_than(value: object, limit: int) -> bool:
@@ -239,39 +282,6 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
 def rank(seed: int, key: str) -> str:
     """A place in a seeded order that depends on the key alone, never on the other keys or their order."""
     return hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def split_by_group(records: Sequence[Record], ratio: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training and validation records in their order; about `ratio` of the records are held out, no group is torn.
-
-    Groups are taken in a seeded order, each if it brings the held-out part nearer to `ratio`; at least one is taken and
-    one is left, when there are two.
-    """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio must be at least 0 and less than 1, not {ratio}")
-    groups = [_group_key(record) for record in records]
-    held_out = _held_out_groups(Counter(groups), ratio, seed) if ratio > 0 else set()
-    train = [record for record, group in zip(records, groups, strict=True) if group not in held_out]
-    return train, [record for record, group in zip(records, groups, strict=True) if group in held_out]
-
-
-def _held_out_groups(sizes: Counter[str], ratio: float, seed: int) -> set[str]:
-    if len(sizes) < 2:
-        return set()
-    target = max(1, round(ratio * sizes.total()))
-    ranked = sorted(sizes, key=lambda group: rank(seed, group))
-    chosen: set[str] = set()
-    taken = 0
-    for group in ranked:
-        if taken + sizes[group] / 2 <= target and len(chosen) < len(sizes) - 1:
-            chosen.add(group)
-            taken += sizes[group]
-    return chosen or {min(ranked, key=lambda group: sizes[group])}
-
-
-def _group_key(record: Record) -> str:
-    group = record.meta.get("group")
-    return record.to_json() if group is None else json.dumps(group, sort_keys=True)
 
 
 def repeat_weighted(records: Sequence[Record], weight: float, seed: int) -> list[Record]:

@@ -208,11 +208,13 @@ def _agreed_layout(model: Any, material: Material, accelerator: Accelerator, dev
     """Why the run gives each example a row of its own, if it does; the same in all processes."""
     config = material.config
     longest = max(config.training.max_tokens_per_pack, config.evaluation.max_tokens_per_pack)
-    reasons = devices.gather(prepare_layout(model, material.train.examples, longest, accelerator))
-    reason = next((found for found in reasons if found is not None), None)
-    if reason is not None and None in reasons:
+    devices.in_passes = devices.sharded  # a sharded base computes only when all processes do
+    own = prepare_layout(model, material.train.examples, longest, accelerator)
+    devices.in_passes = False
+    reasons = devices.gather(own)
+    if len(set(reasons)) > 1:
         keep_rows(model)
-    return reason
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _start_of(checkpoint: Path | None) -> Progress:

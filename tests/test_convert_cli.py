@@ -40,6 +40,7 @@ def test_a_conversion(tmp_path):
     assert "python finetune.py --set data.train_file=" in done.stdout
     assert sorted(path.name for path in (tmp_path / "edda").iterdir()) == [
         "rejected.jsonl",
+        "report.html",
         "report.json",
         "train.jsonl",
         "val.jsonl",
@@ -101,7 +102,11 @@ def test_nothing_usable_writes_no_training_file(tmp_path):
     done = run(path, "--output", tmp_path / "out")
     assert done.returncode == 3
     assert "No record could be used" in done.stderr
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["rejected.jsonl", "report.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "rejected.jsonl",
+        "report.html",
+        "report.json",
+    ]
 
 
 def test_a_broken_file_is_named_and_nothing_is_written(tmp_path):
@@ -111,3 +116,51 @@ def test_a_broken_file_is_named_and_nothing_is_written(tmp_path):
     assert done.returncode == 3
     assert "a.json:1:11  a comma before a closing bracket. delete the last comma." in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_check_reports_on_converted_files(tmp_path):
+    data = ROOT / "data" / "tamsin"
+    done = run("--check", data / "train.jsonl", data / "val.jsonl", data / "settings.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "train.jsonl: 156 records (dialogue 156), 0 of them repetitions" in done.stdout
+    assert "no group, conversation or reply stands both in training and in validation" in done.stdout
+    for name in ("train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_bytes((data / "val.jsonl").read_bytes())
+    done = run("--check", tmp_path)
+    assert done.returncode == 3
+    assert "17 conversations stand both in training and in validation" in done.stderr
+
+
+def test_the_page_is_self_contained_and_shows_text_as_text(tmp_path):
+    path = tmp_path / "a.json"
+    rows = [{"instruction": f"<script>alert({n})</script>", "output": f"<b>{n}</b>"} for n in range(30)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    assert run(path, "--output", tmp_path / "out").returncode == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "http" not in page
+    assert "&lt;b&gt;" in page
+    for words in ("30 records read = 30 written", "Advice", "Length of records", "Languages", "Examples"):
+        assert words in page
+
+
+def test_repairs_are_asked_for_and_listed(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"instruction": "call 13812345678", "output": "yes"},] // end', encoding="utf-8")
+    assert run(path, "--output", tmp_path / "out").returncode == 3
+    done = run(path, "--output", tmp_path / "out", "--lenient", "--redact")
+    assert done.returncode == 0, done.stderr
+    assert "comma before a closing bracket dropped" in done.stdout
+    assert "personal data masked: phone" in done.stdout
+    assert "[phone]" in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8")
+
+
+def test_articles_by_the_command_line(tmp_path, tiny_model):
+    done = run(
+        EXAMPLES / "articles", "--tokenizer", tiny_model, "--chunk-tokens", "40-200", "--output", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "sft_train.jsonl").is_file()
+    stats = json.loads((tmp_path / "out" / "dataset_stats.json").read_text(encoding="utf-8"))
+    assert stats["total_articles"] == 3
+    assert stats["chunks_outside"] == 0

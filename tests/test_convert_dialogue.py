@@ -1,23 +1,16 @@
 """Raw dialogue: who speaks, what is learned, and where every speech went."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from converting import convert_data
 
 from persona.convert import dialogue
-from persona.convert.options import Options
-from persona.convert.pipeline import convert_bytes
-from persona.convert.sources import Source
 from persona.errors import DataError, UsageError
 
 
 def convert(text, *characters, **options):
-    source = Source(Path("talk.txt"), "talk.txt", "talk.txt", False)
-    conversion = convert_bytes([(source, text.encode())], Options(characters=characters, **options))
-    speeches = conversion.report["speeches"]
-    assert speeches["total"] == speeches["learned"] + speeches["context"] + sum(speeches["not_used"].values())
-    return conversion
+    return convert_data(text, "talk.txt", characters=characters, **options)
 
 
 def said(conversion):

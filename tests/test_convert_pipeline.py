@@ -5,15 +5,17 @@ import random
 from pathlib import Path
 
 import pytest
+from converting import convert_data
+from converting import convert_paths as convert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persona.convert.options import Options, checked
-from persona.convert.pipeline import check_output, convert_bytes, convert_files, write_conversion
+from persona.convert.pipeline import check_output
 from persona.convert.report import describe, next_command, preview, verdict
-from persona.convert.sources import Source, find_sources
+from persona.convert.sources import find_sources
 from persona.errors import DataError, UsageError
-from persona.records import check_messages, read_records
+from persona.records import read_records
 
 EXAMPLES = Path(__file__).parent.parent / "data" / "examples"
 EXPECTED = {  # file: (character, records, learned speeches)
@@ -24,12 +26,33 @@ EXPECTED = {  # file: (character, records, learned speeches)
     "dialogue_en.txt": ("Edda", 2, 4),
     "dialogue_zh.txt": ("艾达", 2, 5),
     "play.txt": ("edda", 2, 3),
+    "table.csv": (None, 3, None),
+    "table.tsv": (None, 2, None),
+    "table_gb18030.csv": (None, 2, None),
+    "questions.jsonl": (None, 2, None),
+    "pairs.jsonl": (None, 2, None),
+    "utterances.jsonl": ("艾达", 1, 2),
+    "utterance_lists.jsonl": ("Edda", 2, 2),
+    "lines.json": ("艾达", 5, 5),
+    "sillytavern.jsonl": (None, 1, 2),
+    "card.json": (None, 5, None),
+    "card.png": (None, 3, None),
+    "wechat.csv": ("我", 2, 3),
+    "qq.txt": ("艾达", 2, 2),
+    "discord.json": ("Edda", 1, 1),
+    "telegram.json": ("Edda", 1, 1),
+    "whatsapp.txt": ("Edda", 2, 2),
+    "chatgpt.json": (None, 1, None),
+    "articles": (None, 24, None),
 }
 
 
-def convert(*inputs, **options):
-    sources, skipped = find_sources(str(path) for path in inputs)
-    return convert_files(sources, Options(**options), skipped)
+def tokenizer():
+    """A tokenizer whose tokens are the characters."""
+    return "characters", lambda text: [(place, place + 1) for place in range(len(text))]
+
+
+SMALL = {"tokenizer": tokenizer, "chunk_tokens": (30, 90)}
 
 
 def rows(count, prompt="question {}"):
@@ -44,29 +67,29 @@ def write(path, data):
 def test_there_is_an_expectation_for_every_example():
     assert {path.name for path in EXAMPLES.iterdir()} == {*EXPECTED, "README.md"}
     described = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in described for name in EXPECTED)
+    assert all(f"`{name}`" in described or f"`{name}/`" in described for name in EXPECTED)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_examples(name, tmp_path):
     character, count, learned = EXPECTED[name]
-    conversion = convert(EXAMPLES / name, characters=(character,) if character else ())
+    conversion = convert(EXAMPLES / name, output=tmp_path, characters=(character,) if character else (), **SMALL)
     report = conversion.report
     assert (report["read"], report["written"], report["rejected"], report["duplicates"]) == (count, count, 0, 0)
     assert (report["speeches"] or {}).get("learned") == learned
-    assert name in describe(report, conversion.rejections)
-    assert "assistant" in preview(conversion.records, 1)
-    write_conversion(conversion, tmp_path)
-    again = convert(tmp_path / "train.jsonl", tmp_path / "val.jsonl", val_ratio=0)
+    assert name in describe(report, conversion.shown)
+    assert "assistant" in preview(conversion.records, 1, count)
+    again = convert(*(path for path in tmp_path.glob("*.jsonl") if path.stem != "rejected"), val_ratio=0)
     assert {record.to_json() for record in again.records} == {record.to_json() for record in conversion.records}
 
 
 def test_converting_the_output_changes_no_byte(tmp_path):
-    write_conversion(convert(EXAMPLES, characters=("Edda", "艾达"), val_ratio=0), tmp_path / "a")
-    write_conversion(convert(tmp_path / "a", val_ratio=0), tmp_path / "b")
+    convert(EXAMPLES, output=tmp_path / "a", characters=("Edda", "艾达", "我"), val_ratio=0, **SMALL)
+    convert(tmp_path / "a", output=tmp_path / "b", val_ratio=0)
     first = (tmp_path / "a" / "train.jsonl").read_bytes()
     assert first == (tmp_path / "b" / "train.jsonl").read_bytes()
-    assert first.count(b"\n") == sum(count for _, count, _ in EXPECTED.values())
+    unique = sum(count for _, count, _ in EXPECTED.values())
+    assert first.count(b"\n") == unique + 4 * 5, "five settings stand five times"
 
 
 def test_same_input_same_bytes_and_the_order_of_rows_does_not_matter(tmp_path):
@@ -75,7 +98,7 @@ def test_same_input_same_bytes_and_the_order_of_rows_does_not_matter(tmp_path):
     for number, listed in enumerate((data, data, random.Random(1).sample(data, 50))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        write_conversion(convert(write(folder / "in.json", listed), seed=7), folder)
+        convert(write(folder / "in.json", listed), output=folder, seed=7)
         outputs.append({name: (folder / name).read_bytes() for name in ("train.jsonl", "val.jsonl", "report.json")})
     assert outputs[0] == outputs[1]
     prompts = [[json.loads(line)["messages"] for line in read_lines(tmp_path / str(n))] for n in (0, 2)]
@@ -134,12 +157,14 @@ def test_folders_leave_out_reports_and_say_so(tmp_path):
     write(tmp_path / "notes.txt", "Buy milk.")
     (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00")
     sources, skipped = find_sources([str(tmp_path), str(tmp_path / "a.json")])
-    conversion = convert_files(sources, Options(), skipped)
+    conversion = convert(tmp_path, tmp_path / "a.json", output=tmp_path / "out", val_ratio=0)
+    assert len(sources) == 5
+    assert len(skipped) == 4
     assert [entry["file"] for entry in conversion.report["files"]] == ["a.json", "b.json"]
-    said = describe(conversion.report, [])
+    said = describe(conversion.report, {})
     for name in ("report.json", "rejected.jsonl", "README.md", ".hidden", "photo.png", "photo.jpg", "notes.txt"):
         assert f"{name}: " in said
-    with pytest.raises(DataError, match="zero bytes"):
+    with pytest.raises(DataError, match="without a character card"):
         convert(tmp_path / "photo.png")
 
 
@@ -170,38 +195,37 @@ def test_warnings(tmp_path):
 
 def test_what_is_written(tmp_path):
     data = [*rows(40), {"instruction": "x", "output": "</s>"}]
-    conversion = convert(write(tmp_path / "in.json", data))
-    assert write_conversion(conversion, tmp_path / "out") == [
-        "train.jsonl",
-        "val.jsonl",
-        "rejected.jsonl",
-        "report.json",
-    ]
+    conversion = convert(write(tmp_path / "in.json", data), output=tmp_path / "out")
+    assert conversion.names == ["train.jsonl", "val.jsonl", "rejected.jsonl", "report.json", "report.html"]
     assert read_records(tmp_path / "out" / "train.jsonl") == conversion.train
     assert read_records(tmp_path / "out" / "val.jsonl") == conversion.validation
     report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
-    assert report == conversion.report
     assert (report["train"], report["val"], report["rejected_by_code"]) == (36, 4, {"CONTROL_TOKEN": 1})
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text("utf-8").splitlines()]
     assert list(rejected[0]) == ["file", "line", "path", "code", "reason", "fix", "excerpt"]
-    write_conversion(convert(tmp_path / "in.json", val_ratio=0), tmp_path / "out")
+    convert(tmp_path / "in.json", output=tmp_path / "out", val_ratio=0)
     assert not (tmp_path / "out" / "val.jsonl").exists(), "a stale one would belong to other training data"
+
+
+def said(validation):
+    names = {"train": "train.jsonl", "val": "val.jsonl"}
+    return {"val": validation, "names": names, "settings": 0, "settings_weight": None}
 
 
 def test_the_next_command_leaves_nothing_of_the_sample_in_force(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rest = "--set data.settings_file=null --set data.system_prompt=null --set training.output_dir=outputs/mine"
     train = "python finetune.py --set data.train_file=data/mine/train.jsonl --set data.validation_file="
-    assert next_command({"val": 3}, Path("data/mine")) == f"{train}data/mine/val.jsonl {rest}"
-    assert next_command({"val": 0}, Path("data/mine")) == f"{train}null {rest}"
-    assert '--set "data.train_file=my data/train.jsonl"' in next_command({"val": 0}, Path("my data"))
+    assert next_command(said(3), Path("data/mine")) == f"{train}data/mine/val.jsonl {rest}"
+    assert next_command(said(0), Path("data/mine")) == f"{train}null {rest}"
+    assert '--set "data.train_file=my data/train.jsonl"' in next_command(said(0), Path("my data"))
 
 
 def test_the_sample_has_its_settings_already(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent.parent)
     trained = json.loads(Path("config/default.json").read_text("utf-8"))["data"]["train_file"]
-    assert next_command({"val": 3}, Path(trained).parent) == "python finetune.py"
-    assert "validation_file=null" in next_command({"val": 0}, Path(trained).parent)
+    assert next_command(said(3), Path(trained).parent) == "python finetune.py"
+    assert "validation_file=null" in next_command(said(0), Path(trained).parent)
 
 
 def test_verdict_at_the_border(tmp_path):
@@ -288,22 +312,15 @@ LINE = st.tuples(
 
 
 def survives(data, **options):
-    source = Source(Path("x"), "x", "x", False)
     try:
-        conversion = convert_bytes([(source, data)], Options(**options))
+        conversion = convert_data(data, "x", **options)
     except (DataError, UsageError):
         return None
-    report = conversion.report
-    assert report["read"] == report["written"] + report["rejected"] + report["duplicates"]
-    for record in conversion.records:
-        check_messages(record.messages)
-    text = "".join(f"{record.to_json()}\n" for record in conversion.train + conversion.validation)
-    describe(report, conversion.rejections)
-    json.dumps(report, ensure_ascii=False).encode()
-    "".join(rejection.to_json() for rejection in conversion.rejections).encode()
-    if not text:
+    describe(conversion.report, conversion.shown)
+    if not conversion.records:
         return conversion
-    again = convert_bytes([(source, text.encode())], Options())
+    text = "".join(f"{record.to_json()}\n" for record in conversion.train + conversion.validation)
+    again = convert_data(text.encode(), "y")
     assert {record.to_json() for record in again.records} == {record.to_json() for record in conversion.records}
     return conversion
 

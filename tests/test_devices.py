@@ -118,6 +118,7 @@ from persona.console import run_script
 from persona.launch import joined
 
 name, step, *folders = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
 
 
 def main():

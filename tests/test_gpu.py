@@ -44,7 +44,7 @@ def test_packs_of_any_size_learn_the_same(tmp_path, tiny_model):
         )
         run = finetune(made, True, lambda _: None).parent
         losses.append([line["train/loss"] for line in metrics(run) if "train/loss" in line])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 def test_peak_memory_is_that_of_the_card(tmp_path, tiny_model):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "persona"
 LAYERS = (
     ("errors", "foreign_names", "config", "records", "console", "history", "curves"),
     ("convert", "tokens", "render", "style"),
-    ("folders", "hub", "sources", "storage", "artifacts", "dataset", "plan")
+    ("folders", "hub", "sources", "offsets", "storage", "artifacts", "dataset", "plan")
     + ("attention", "packing", "fused", "loss", "modeling", "merging"),
     ("devices", "launch", "sharing", "sharding", "optimizers", "checkpoints", "identity", "metrics", "run_folder")
     + ("signals", "training", "overview", "generation", "chat", "evaluation", "run"),

@@ -161,6 +161,14 @@ def test_the_layout_changes_nothing(architecture, case, share, size):
     assert_same(packed_result(tuned, examples, limit, share), expected(architecture, case))
 
 
+def test_activations_computed_again_change_nothing():
+    tuned = with_adapter(model("llama"))
+    tuned.get_base_model().set_attn_implementation(NAME)
+    fuse(tuned)
+    tuned.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(packed_result(tuned, cases()["history kept"], 300, True), expected("llama", "history kept"))
+
+
 @pytest.mark.parametrize("block", [1, 7, 16, 50])
 @pytest.mark.parametrize("case", cases())
 def test_the_size_of_blocks_changes_nothing(case, block, monkeypatch):

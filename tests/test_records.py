@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 from collections import Counter
 
 import pytest
@@ -14,7 +13,6 @@ from persona.records import (
     check_messages,
     read_records,
     repeat_weighted,
-    split_by_group,
     write_lines,
     write_records,
 )
@@ -173,40 +171,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert read_records(tmp_path / "held") == [record(1)], "the old file is replaced, not written into"
     with pytest.raises(EnvironmentFault, match="cannot be written"):
         write_lines(path / "below" / "a.jsonl", ["x"])
-
-
-def test_split_keeps_groups_whole_and_counts_them():
-    records = [record(number, f"group {number % 10}") for number in range(60)]
-    train, validation = split_by_group(records, 0.3, seed=1)
-    groups = [{item.meta["group"] for item in side} for side in (train, validation)]
-    assert len(groups[1]) == 3
-    assert groups[0].isdisjoint(groups[1])
-    assert Counter(item.to_json() for item in train + validation) == Counter(item.to_json() for item in records)
-    assert train == [item for item in records if item in train], "the order of the rows stays"
-
-
-def test_split_depends_on_groups_and_seed_not_on_rows():
-    records = [record(number, f"group {number % 10}") for number in range(60)]
-    shuffled = random.Random(3).sample(records, len(records))
-    held_out = [{item.meta["group"] for item in split_by_group(rows, 0.3, 1)[1]} for rows in (records, shuffled)]
-    assert held_out[0] == held_out[1]
-    assert any(split_by_group(records, 0.3, seed)[1] != split_by_group(records, 0.3, 1)[1] for seed in range(2, 8))
-
-
-@pytest.mark.parametrize(
-    ("ratio", "groups", "expected"), [(0, 9, 0), (0.01, 9, 1), (0.5, 1, 0), (0.99, 2, 1), (0.2, 9, 2)]
-)
-def test_number_of_validation_groups(ratio, groups, expected):
-    records = [record(number, f"group {number}") for number in range(groups)]
-    assert len(split_by_group(records, ratio, 0)[1]) == expected
-
-
-def test_records_without_group_are_groups_and_bad_ratios_are_refused():
-    assert len(split_by_group([record(number) for number in range(10)], 0.2, 0)[1]) == 2
-    assert split_by_group([], 0.2, 0) == ([], [])
-    for ratio in (-0.1, 1, float("nan")):
-        with pytest.raises(ValueError, match="ratio"):
-            split_by_group([record(1)], ratio, 0)
 
 
 @pytest.mark.parametrize(("weight", "expected"), [(0, 0), (1, 10), (2.5, 25), (0.25, 2), (5, 50), (1.96, 20)])

@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import pytest
 import runs
 import torch
-from test_packing import cases, with_adapter
+import torch.nn.functional as F
+from test_packing import attended, cases, with_adapter
 from tiny import family, model, save_model
 
 from persona import fused, packing
-from persona.attention import NAME
+from persona.attention import NAME, tree_attention
 from persona.config import Lora, Quantization
 from persona.modeling import add_adapter, load_base
 from persona.run import finetune
-from persona.sharing import difference, prepare_layout, why_not
+from persona.sharing import difference, prepare_layout, trial_examples, why_not
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLIDES = ["full_attention", "sliding_attention"]
@@ -50,6 +51,9 @@ def accelerator():
         ({"model_type": "unheard_of"}, 16, "not among"),
         ({"model_type": "llama", "attention_dropout": 0.1}, 16, "at random"),
         ({"model_type": "llama", "_attn_implementation": "eager"}, 16, "eager"),
+        ({"model_type": "mistral", "sliding_window": 64, "layer_types": ["full_attention"]}, 65, "only 64 tokens"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "longrope"}}, 16, "longrope"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "default"}}, 16, None),
     ],
 )  # fmt: skip
 def test_who_may_share(settings, longest, reason):
@@ -61,8 +65,7 @@ def trace(tuned):
     """Everything that a trial could leave behind."""
     weights = [weight.detach().clone() for weight in tuned.parameters()]
     grads = [weight.grad for weight in tuned.parameters()]
-    dropouts = [module.p for module in tuned.modules() if isinstance(module, torch.nn.Dropout)]
-    return [*weights, torch.get_rng_state()], grads, dropouts, tuned.training
+    return [*weights, torch.get_rng_state()], grads, tuned.training
 
 
 def test_the_trial_finds_nothing_in_a_right_layout_and_leaves_no_trace(accelerator):
@@ -72,7 +75,25 @@ def test_the_trial_finds_nothing_in_a_right_layout_and_leaves_no_trace(accelerat
     after = trace(tuned)
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert after[1:] == before[1:]
-    assert before[2]
+
+
+def test_functional_dropout_is_off_in_the_trial(accelerator):
+    tuned = with_adapter(model("opt", dropout=0.5, attention_dropout=0.5))
+    state = torch.get_rng_state()
+    assert "learned" in prepare_layout(tuned, cases()["history kept"], 300, accelerator)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert any("forward" in vars(module) for module in tuned.modules())
+
+
+@pytest.mark.parametrize("case", cases())
+def test_the_trial_always_has_branches(case):
+    made = trial_examples(cases()[case][:1])
+    packed = packing.pack(packing.plan_packs(made, 10**6, True)[0], torch.device("cpu"), True, 64)
+    tokens = sum(len(packing.inputs(example)) for example in made)
+    assert len({packing.inputs(example) for example in made}) == 3
+    assert packed.input_ids.numel() < tokens
+    if tokens > 200:
+        assert len(packed.tree) > 1
 
 
 def sees_its_sisters(group, device, right=packing._block):
@@ -93,7 +114,6 @@ def test_the_trial_finds_a_wrong_tree(wrong, precision, monkeypatch):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     tuned = with_adapter(model("llama").to(dtype))
     examples = cases()["history kept"]
-    monkeypatch.setattr(packing, "BLOCK", 40)
     assert prepare_layout(tuned, examples, 300, accelerator) is None
     monkeypatch.setattr(packing, "_block", wrong)
     assert "in a trial before the first update the" in prepare_layout(tuned, examples, 300, accelerator)
@@ -112,11 +132,11 @@ def test_the_trial_finds_a_wrong_gradient(accelerator, monkeypatch):
     monkeypatch.setattr(fused._Norm, "backward", staticmethod(wrong))
     tuned.get_base_model().set_attn_implementation(NAME)
     for share in (False, True):
-        assert "gradient" in difference(tuned, cases()["all the same"][:2], accelerator, share)
+        assert "gradient" in difference(tuned, trial_examples(cases()["all the same"]), accelerator, share)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "gemma2", "gemma3_text"])
 def test_the_others_train_in_rows_and_say_why(architecture, tmp_path):
     folder = save_model(tmp_path / architecture, architecture, family("chatml_default"))
     said = []
@@ -132,6 +152,38 @@ def test_a_run_that_fails_the_trial_goes_on_in_rows(tmp_path, tiny_model, monkey
     said = []
     finetune(runs.config(tmp_path, tiny_model, training={"num_train_epochs": 1}), True, said.append)
     assert "one example a row: in a trial before the first update the" in "\n".join(said)
+
+
+def test_large_scores_are_as_exact_as_in_scaled_dot_product_attention():
+    # like the biases of Qwen2: what all queries and all keys have in common makes scores of a hundred and more
+    chance = torch.Generator().manual_seed(0)
+    examples = cases()["history kept"]
+    packed = packing.pack(packing.plan_packs(examples, 10**6, True)[0], torch.device("cpu"), True, 64)
+    tokens = packed.input_ids.numel()
+    given = [torch.randn(tokens, heads, 16, generator=chance) + offset for heads, offset in ((4, 5), (2, 5), (2, 1))]
+    weights = torch.randn(tokens, 4, 16, generator=chance)
+    mask = attended(packed)
+
+    def error(attend, wanted=None):
+        inputs = [x.to(torch.bfloat16 if wanted else torch.float64).requires_grad_() for x in given]
+        if wanted is None:
+            inputs = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
+        out = attend(*inputs)
+        out.backward(weights.to(out.dtype))
+        found = [out, *(x.grad for x in inputs)]
+        if wanted is None:
+            return found
+        return [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+
+    def masked(query, key, value):
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)[0].transpose(0, 1)
+
+    right = error(masked)
+    of_mask = error(masked, right)
+    of_tree = error(lambda query, key, value: tree_attention(query, key, value, packed.tree, 0.25), right)
+    assert all(ours < 2 * theirs + 0.003 for ours, theirs in zip(of_tree, of_mask, strict=True)), (of_tree, of_mask)
 
 
 # --- fused layers ----------------------------------------------------------------------------------------------------

@@ -33,7 +33,10 @@ _QUOTES = {"「": "」", "『": "』", "“": "”", '"': '"'}
 _BLANK, _BORDER, _DIRECTION, _LINE = range(4)
 
 
-@dataclass(frozen=True)
+NARRATOR = "旁白"  # who speaks the lines that no one speaks
+
+
+@dataclass(frozen=True, slots=True)
 class Speech:
     """What one speaker says at one place."""
 
@@ -53,9 +56,10 @@ class Script:
     repairs: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     narration: int = 0  # lines that belong to no speech
+    left_out: Counter[str] = field(default_factory=Counter)  # messages that are no speech, by what they are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Line:
     kind: int
     text: str
@@ -69,8 +73,11 @@ def fold_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
 
 
-def parse(text: str, characters: Collection[str] = ()) -> Script:
-    """The speeches of `text`; a name in `characters` is a speaker wherever it stands before a colon."""
+def parse(text: str, characters: Collection[str] = (), narrated: bool = False, quotes: bool = False) -> Script:
+    """The speeches of `text`; a name in `characters` is a speaker wherever it stands before a colon.
+
+    With `narrated` the lines that no one speaks are speeches of NARRATOR; `quotes` keeps the quotes around speeches.
+    """
     lines = _classify(text)
     heads = [line for line in lines if line.head]
     alone = Counter(_name(line) for line in heads if line.opens_block and not _words(line))
@@ -91,7 +98,7 @@ def parse(text: str, characters: Collection[str] = ()) -> Script:
         return line.opens_block or _name(line) in speakers
 
     once = [] if is_play else [line.head["name"] for line in heads if line.head and not begins_speech(line)]
-    return _collect(lines, begins_speech, is_play, once)
+    return _collect(lines, begins_speech, is_play, once, narrated, quotes)
 
 
 def _guests(lines: list[_Line], recurring: set[str]) -> set[str]:
@@ -156,7 +163,14 @@ def _words(line: _Line) -> str:
     return line.head["text"] if line.head else line.text
 
 
-def _collect(lines: list[_Line], begins_speech: Callable[[_Line], bool], is_play: bool, once: list[str]) -> Script:
+def _collect(
+    lines: list[_Line],
+    begins_speech: Callable[[_Line], bool],
+    is_play: bool,
+    once: list[str],
+    narrated: bool,
+    quotes: bool,
+) -> Script:
     started: list[tuple[str, int, int, list[str]]] = []  # name, line, scene, lines of words
     repairs: Counter[str] = Counter()
     words: list[str] | None = None  # of the speech that the next line may go on
@@ -174,24 +188,27 @@ def _collect(lines: list[_Line], begins_speech: Callable[[_Line], bool], is_play
         elif line.kind == _LINE:
             if words is None or (after_blank and words):
                 words, narration = None, narration + 1
+                if narrated:
+                    started.append((NARRATOR, line.number, scene, [line.text]))
             else:
                 words.append(line.text)
         after_blank = line.kind == _BLANK
     speeches = [
-        Speech(name, strip_quotes("\n".join(said), repairs), number, part) for name, number, part, said in started
+        Speech(name, "\n".join(said) if quotes else strip_quotes("\n".join(said), repairs), number, part)
+        for name, number, part, said in started
     ]
     layout = "names alone on a line, the speech below" if is_play else "lines of the form NAME: words"
-    return Script(speeches, scene > 0, layout, +repairs, _notes(once, narration), narration)
+    return Script(speeches, scene > 0, layout, +repairs, _notes(once, narration, narrated), narration)
 
 
-def _notes(once: list[str], narration: int) -> list[str]:
+def _notes(once: list[str], narration: int, narrated: bool) -> list[str]:
     notes = []
     if once:
         names = ", ".join(f'"{name}"' for name in list(dict.fromkeys(once))[:10])
         notes.append(
             f"taken as words, not as speakers, for each stands once: {names} (an empty line before makes a speech)"
         )
-    if narration:
+    if narration and not narrated:
         notes.append(f"lines that no one speaks, not used: {narration:,} (a speech must not hold empty lines)")
     return notes
 

@@ -12,7 +12,7 @@ Message = dict[str, str]
 _SMALL = 200  # characters; a longer text beside a conversation is data of its own, not a label
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Draft:
     """A conversation with its place in the file; with a `fault` it will be rejected."""
 
@@ -26,6 +26,8 @@ class Draft:
     source_text: str = ""  # for the excerpt of a rejection
     learned: int = 0  # speeches, for formats with named speakers
     context: int = 0
+    part: bool = False  # of a row that was cut into several, which are one group
+    fresh: bool = True  # made here from raw data; our own records come as they are, repetitions of settings included
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,15 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def small_extras(row: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """The keys of a row that no format reads, when they are short scalars: `id`, `score`, ..."""
-    return {
+def extras(row: dict[str, Any], known: frozenset[str], repairs: Counter[str]) -> dict[str, Any]:
+    """The meta for keys of a row that no format reads: short scalars (`id`, `score`) are kept, others counted."""
+    if row.keys() <= known:
+        return {}
+    kept = {
         key: value
         for key, value in row.items()
         if key not in known and isinstance(value, str | int | float) and len(str(value)) <= _SMALL
     }
+    if lost := sum(key not in known and key not in kept and value is not None for key, value in row.items()):
+        repairs["other keys with long values dropped"] += lost
+    return {"extra": kept} if kept else {}

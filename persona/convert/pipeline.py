@@ -1,181 +1,195 @@
 """The way from files to records: parse, normalise, clean, drop duplicates, split by group, order by the seed.
 
 The order of the output depends on the seed and each conversation alone: converting the output again changes nothing.
+Records go through one at a time; what memory holds grows by some thirty bytes a record.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from persona.convert.clean import conversation_key
-from persona.convert.detect import Foreign
-from persona.convert.draft import Draft, Rejection, reject
-from persona.convert.formats import DIALOGUE
-from persona.convert.opened import Opened, check_characters, open_bytes, row_drafts, script_drafts
-from persona.convert.options import Options
-from persona.convert.report import warnings_of
-from persona.convert.sources import Source, read_bytes
-from persona.errors import DataError, UsageError
-from persona.records import (
-    SHOWN_FAULTS,
-    SURROGATE,
-    Record,
-    RecordFault,
-    check_messages,
-    rank,
-    split_by_group,
-    write_lines,
-    write_records,
+from persona.convert import articles, lines
+from persona.convert.account import (
+    ARTICLE_NAMES,
+    PAGE,
+    REJECTED,
+    REPORT,
+    SETTINGS,
+    STATISTICS,
+    TRAIN,
+    VALIDATION,
+    Account,
 )
+from persona.convert.advice import warnings_of
+from persona.convert.draft import Rejection
+from persona.convert.encoding import Foreign
+from persona.convert.formats import ARTICLES, LINES
+from persona.convert.options import Options
+from persona.convert.page import page
+from persona.convert.reading import Opened, open_source
+from persona.convert.row_drafts import Intake
+from persona.convert.sources import Source
+from persona.convert.speakers import check_characters, with_character
+from persona.convert.statistics import measure
+from persona.convert.store import Staged, explain_disk
+from persona.errors import DataError, UsageError
+from persona.records import SHOWN_FAULTS, Record
 
-TRAIN, VALIDATION, REPORT, REJECTED = "train.jsonl", "val.jsonl", "report.json", "rejected.jsonl"
+# In the order in which they get their names: the data before the reports
+OUTPUTS = (TRAIN, VALIDATION, *ARTICLE_NAMES.values(), STATISTICS, REJECTED, REPORT, PAGE)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The outcome: records in the order of the input and as they will be written, what was refused, the report."""
+    """The outcome: the first records in the order of the input, some refusals of each code, the report."""
 
     records: list[Record]
-    train: list[Record]
-    validation: list[Record]
-    rejections: list[Rejection]
+    shown: dict[str, list[Rejection]]
     report: dict[str, Any]
+    examples: list[dict[str, Any]]
 
 
-@dataclass
-class _Account:
-    """What has become of the drafts so far."""
+def convert_files(
+    sources: Sequence[Source], options: Options, skipped: Sequence[str], staged: Staged, keep: int = 0
+) -> Conversion:
+    """The conversion of all sources into `staged`. One DataError names all files that cannot be read."""
+    opened, faults, skipped = _survey(sources, options, list(skipped))
+    options = with_character((file.character for file in opened if file.speakers), options)
+    speakers = sum((file.speakers for file in opened), Counter[str]())
+    check_characters(speakers, {file.source.name for file in opened if file.speakers}, options.characters)
+    with explain_disk(staged.folder), ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory(prefix=".convert-", dir=staged.folder))
+        account = stack.enter_context(closing(Account(options, staged, Path(folder), keep)))
+        entries: list[dict[str, Any]] = []
+        for file in opened:
+            try:
+                entries += _read(file, options, account) if file.format != ARTICLES else []
+            except DataError as fault:
+                faults.append(str(fault))
+        if all(file.format == ARTICLES for file in opened):
+            account.names = ARTICLE_NAMES
+        together = [file for file in opened if file.format == ARTICLES]
+        if together and not faults:
+            entries += articles.read(together, options, account)
+        if faults:
+            more = [f"... and {len(faults) - SHOWN_FAULTS} more files"] if len(faults) > SHOWN_FAULTS else []
+            raise DataError("\n".join([*faults[:SHOWN_FAULTS], *more, "Nothing was written."]))
+        written, sample = account.finish()
+        settings_beside = (staged.folder / SETTINGS).exists()
+    report = _report(account, options, entries, skipped, written)
+    report |= {"settings_beside": settings_beside}
+    tokenizer = options.tokenizer if options.tokenizer_is_local else None
+    report["statistics"] = measure(sample, report["written"], tokenizer)
+    report["warnings"] = warnings_of(report, sample)
+    report["speakers"] = dict(speakers.most_common(50))
+    if any(file.format == LINES for file in opened):
+        report["system_prompt"] = lines.system_prompt(options)
+    if options.val_ratio and report["written"] and not report["val"]:
+        count = "1 record" if report["written"] == 1 else f"{report['written']:,} records"
+        found = f"{count} in one group, so none can be held out"
+        raise DataError(
+            f"--val-ratio {options.val_ratio:g}: {found}. Use --val-ratio 0, or give more. Nothing was written."
+        )
+    return Conversion(account.first, account.shown, report, sample[:5])
 
-    kept: dict[str, Record] = field(default_factory=dict)  # by the key that finds duplicates
-    rejections: list[Rejection] = field(default_factory=list)
-    duplicates: int = 0
-    repaired: int = 0
-    repairs: Counter[str] = field(default_factory=Counter)
-    speeches: Counter[str] = field(default_factory=Counter)
-    not_used: Counter[str] = field(default_factory=Counter)
 
-
-def convert_files(sources: Sequence[Source], options: Options, skipped: Sequence[str] = ()) -> Conversion:
-    """The conversion of all sources; nothing is written yet. One DataError names all files that cannot be read."""
-    return convert_bytes(((source, read_bytes(source)) for source in sources), options, skipped)
-
-
-def convert_bytes(files: Iterable[tuple[Source, bytes]], options: Options, skipped: Sequence[str] = ()) -> Conversion:
-    """The same for contents that are in memory already."""
+def _survey(
+    sources: Sequence[Source], options: Options, skipped: list[str]
+) -> tuple[list[Opened], list[str], list[str]]:
+    """The files opened, the faults of those that cannot be, and what of folders is passed over."""
     opened: list[Opened] = []
     faults: list[str] = []
-    skipped = list(skipped)
-    for source, data in files:
+    for source in sources:
         try:
-            opened.append(open_bytes(source, data, options.format, options.characters))
+            opened.append(open_source(source, options))
         except DataError as fault:
             passed_over = source.from_folder and isinstance(fault, Foreign)
             (skipped if passed_over else faults).append(str(fault))
     if not opened and not faults:
         raise DataError("\n".join(["No file of a known format was found.", *skipped]))
-    if faults:
-        more = [f"... and {len(faults) - SHOWN_FAULTS} more files"] if len(faults) > SHOWN_FAULTS else []
-        raise DataError("\n".join([*faults[:SHOWN_FAULTS], *more, "Nothing was written."]))
-    check_characters(opened, options.characters)
-    account = _Account()
-    entries = []
-    for file in opened:
-        drafts, entry = _drafts(file, options, account)
-        entries.append(entry)
-        for number, draft in enumerate(drafts, 1):
-            _settle(draft, file.source, number, options, account)
-    return _conclude(account, options, entries, skipped)
+    if not opened:
+        raise DataError("\n".join([*faults[:SHOWN_FAULTS], "Nothing was written."]))
+    return opened, faults, skipped
 
 
-def _drafts(file: Opened, options: Options, account: _Account) -> tuple[list[Draft], dict[str, Any]]:
-    """The drafts of a file and its entry in the report."""
-    if file.script is None:
-        drafts, formats, reasons = row_drafts(file.rows, options.format)
-        why = f"{file.layout}, {' and '.join(reasons)}"
-    else:
-        drafts, not_used, scenes = script_drafts(
-            file.script, options.characters, options.context_turns, options.max_exchanges
-        )
-        formats, why = {DIALOGUE: len(drafts)}, f"{file.layout}, {scenes}"
-        account.speeches["total"] += len(file.script.speeches)
-        account.not_used += not_used
-        account.repairs += file.script.repairs
-    entry = {"file": file.source.name, "formats": formats, "why": why, "encoding": file.encoding, "read": len(drafts)}
-    return drafts, {**entry, "notes": file.notes}
+def _read(file: Opened, options: Options, account: Account) -> list[dict[str, Any]]:
+    """The drafts of a file settled; its entry in the report."""
+    intake = Intake()
+    before = account.outcome.copy()
+    for number, draft in enumerate(file.read(intake, options), 1):
+        account.settle(draft, file.source, number)
+    account.speeches["total"] += intake.speeches
+    account.not_used += intake.not_used
+    account.repairs.update(intake.repairs)
+    account.system_prompt = account.system_prompt or intake.system_prompt
+    notes = list(file.notes)
+    if intake.other_splits:
+        others = ", ".join(f"{name} ({count:,})" for name, count in intake.other_splits.items())
+        notes.append(f"not of --split {options.split}: {others}")
+    reasons = " and ".join(intake.reasons)
+    if not intake.formats and not options.split and account.outcome == before:
+        intake.formats[file.format] = 0
+    return [
+        {
+            "file": file.source.name,
+            "formats": dict(intake.formats),
+            "why": ", ".join(part for part in (file.why, reasons) if part),
+            "encoding": file.found.label,
+            "bytes": file.found.size,
+            "sha256": file.found.digest,
+            **{name: account.outcome[name] - before[name] for name in ("read", "written", "rejected", "duplicates")},
+            "notes": notes,
+        }
+    ]
 
 
-def _settle(draft: Draft, source: Source, number: int, options: Options, account: _Account) -> None:
-    """The draft becomes a record, a rejection or a duplicate."""
-    try:
-        record = _record(draft, source, number, options)
-    except RecordFault as fault:
-        account.rejections.append(reject(source.name, draft, fault))
-        account.not_used["in a rejected conversation"] += draft.learned + draft.context
-        return
-    key = conversation_key(record.messages)
-    if key in account.kept:
-        account.duplicates += 1
-        account.not_used["in a duplicate conversation"] += draft.learned + draft.context
-        return
-    account.kept[key] = record
-    account.repairs += draft.repairs
-    account.repaired += bool(+draft.repairs)
-    account.speeches["learned"] += draft.learned
-    account.speeches["context"] += draft.context
-
-
-def _record(draft: Draft, source: Source, number: int, options: Options) -> Record:
-    if draft.fault:
-        raise draft.fault
-    messages = draft.messages
-    if options.system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": options.system}, *messages]
-    meta = {"source": source.name, "group": f"{source.label}#{draft.group or number}", "type": "dialogue"}
-    if options.characters:
-        meta["character"] = options.characters[0]
-    missing = {key: value for key, value in meta.items() if key not in draft.meta}
-    record = Record(check_messages(tuple(messages)), {**missing, **draft.meta})
-    if SURROGATE.search(json.dumps(record.meta, ensure_ascii=False)):
-        raise RecordFault("SURROGATE", "$.meta", "half of a character (a lone surrogate)", "export the text as UTF-8")
-    return record
-
-
-def _conclude(account: _Account, options: Options, entries: list[dict[str, Any]], skipped: list[str]) -> Conversion:
-    records = [record for _, record in sorted(account.kept.items(), key=lambda item: rank(options.seed, item[0]))]
-    train, validation = split_by_group(records, options.val_ratio, options.seed)
-    read = sum(entry["read"] for entry in entries)
-    assert read == len(records) + len(account.rejections) + account.duplicates
-    report = {
-        "read": read,
-        "written": len(records),
-        "rejected": len(account.rejections),
-        "duplicates": account.duplicates,
-        "repaired": account.repaired,
-        "train": len(train),
-        "val": len(validation),
-        "val_ratio": options.val_ratio,
+def _report(
+    account: Account,
+    options: Options,
+    entries: list[dict[str, Any]],
+    skipped: list[str],
+    written: Counter[str],
+) -> dict[str, Any]:
+    outcome = account.outcome
+    report: dict[str, Any] = {
+        **{name: outcome[name] for name in ("read", "written", "rejected", "duplicates", "repaired")},
+        "train": written[TRAIN],
+        "val": written[VALIDATION],
+        "settings": written[SETTINGS],
+        "val_ratio": options.ratio,
         "seed": options.seed,
         "characters": list(options.characters),
-        "system_prompt": options.system,
+        "system_prompt": options.system or account.system_prompt,
         "files": entries,
         "skipped": skipped,
+        "kinds": dict(sorted(account.kinds.items())),
+        "settings_weight": options.settings_weight
+        if any(kind.startswith("settings") for kind in account.kinds)
+        else None,
         "repairs": dict(sorted((+account.repairs).items())),
-        "rejected_by_code": dict(sorted(Counter(rejection.code for rejection in account.rejections).items())),
+        "rejected_by_code": dict(sorted(account.codes.items())),
+        "unknown_roles": dict(account.roles.most_common(20)),
         "speeches": _speeches(account),
-        "warnings": warnings_of(records, len(validation), options.val_ratio),
     }
-    return Conversion(list(account.kept.values()), train, validation, account.rejections, report)
+    if account.articles:
+        counts = {"total_samples": outcome["written"], "train_samples": report["train"], "val_samples": report["val"]}
+        share = round(report["train"] / max(1, report["train"] + report["val"]), 4)
+        report["articles"] = {**account.articles, **counts, "train_ratio": share}
+    report["names"] = {"train": account.names[TRAIN], "val": account.names[VALIDATION]}
+    return report
 
 
-def _speeches(account: _Account) -> dict[str, Any] | None:
-    """Where every speech went; None without raw dialogue."""
+def _speeches(account: Account) -> dict[str, Any] | None:
+    """Where every speech went; None without named speakers."""
     if not (total := account.speeches["total"]):
         return None
     learned, context = account.speeches["learned"], account.speeches["context"]
-    assert total == learned + context + account.not_used.total()
+    assert total == learned + context + account.not_used.total(), (total, learned, context, account.not_used)
     return {"total": total, "learned": learned, "context": context, "not_used": dict(+account.not_used)}
 
 
@@ -184,22 +198,21 @@ def check_output(output: Path, sources: Sequence[Source]) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file. Name a folder.")
     inputs = {source.path.resolve() for source in sources}
-    for name in (TRAIN, VALIDATION, REPORT, REJECTED):
+    for name in OUTPUTS:
         if (output / name).resolve() in inputs:
             raise UsageError(f"{output / name} is an input and would be overwritten. Choose another --output.")
 
 
-def write_conversion(conversion: Conversion, output: Path) -> list[str]:
-    """The names of the files written, the data before the report; an older val.jsonl without a successor is removed."""
-    written = []
-    if conversion.records:
-        write_records(output / TRAIN, conversion.train)
-        written.append(TRAIN)
-        if conversion.validation:
-            write_records(output / VALIDATION, conversion.validation)
-            written.append(VALIDATION)
-        else:
-            (output / VALIDATION).unlink(missing_ok=True)
-    write_lines(output / REJECTED, (rejection.to_json() for rejection in conversion.rejections))
-    write_lines(output / REPORT, [json.dumps(conversion.report, ensure_ascii=False, indent=2)])
-    return [*written, REJECTED, REPORT]
+def publish(conversion: Conversion, staged: Staged) -> list[str]:
+    """The names of the files written; a val.jsonl of an earlier conversion does not stay beside new training data."""
+    report = conversion.report
+    with explain_disk(staged.folder):
+        staged.write_line(REPORT, _readable(report))
+        staged.write_line(PAGE, page(report, conversion.examples).encode("utf-8", "backslashreplace"))
+        if "articles" in report:
+            staged.write_line(STATISTICS, _readable(report["articles"]))
+        return staged.publish(OUTPUTS, (report["names"]["val"],) if report["written"] else ())
+
+
+def _readable(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")

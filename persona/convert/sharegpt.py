@@ -5,8 +5,9 @@ from collections import Counter
 from typing import Any
 
 from persona.console import excerpt
-from persona.convert.draft import Draft, small_extras
-from persona.convert.turns import Turn, check_switches, content_of, role_of, to_messages
+from persona.convert.draft import Draft, extras
+from persona.convert.options import Options
+from persona.convert.turns import Turn, calls_tool, check_switches, content_of, plain_turn, role_of, to_messages
 from persona.records import RecordFault, scan_json
 
 _CONVERSATION_KEYS = ("conversations", "messages", "conversation", "dialogue", "items")
@@ -15,28 +16,28 @@ _TEXT_KEYS = ("value", "content", "text")
 _KNOWN = frozenset((*_CONVERSATION_KEYS, "system", "tools", "meta"))
 
 
-def recognise(row: dict[str, Any]) -> str | None:
+def recognise(row: dict[str, Any], _options: Options) -> str | None:
     """Why the row is ShareGPT, or None."""
     return next((f'rows have "{key}"' for key in _CONVERSATION_KEYS if key in row), None)
 
 
-def convert(row: dict[str, Any]) -> Draft:
+def convert(row: dict[str, Any], options: Options) -> Draft:
     """The conversation of one row."""
     repairs: Counter[str] = Counter()
     found = [key for key in _CONVERSATION_KEYS if row.get(key) is not None]
-    if not found or any(row[key] != row[found[0]] for key in found):
+    if len(found) != 1 and (not found or any(row[key] != row[found[0]] for key in found)):
         reason = f"found {', '.join(found) or 'no list of turns'}"
         raise RecordFault("NO_TURNS", "$", reason, 'write one list of turns under "conversations"')
     path = f"$.{found[0]}"
     turns = [
-        _turn(turn, f"{path}[{index}]", repairs) for index, turn in enumerate(_turn_list(row[found[0]], path, repairs))
+        plain_turn(turn, "from", "value", path, index) or _turn(turn, f"{path}[{index}]", repairs, options)
+        for index, turn in enumerate(_turn_list(row[found[0]], path, repairs))
     ]
     system = "" if row.get("system") is None else content_of(row["system"], "$.system", repairs)
-    messages = to_messages(turns, system, path, repairs)
+    messages = to_messages(turns, system, path, repairs, options)
     if row.get("tools") not in (None, "", "[]", []):
         repairs["list of tools that nobody calls dropped"] += 1
-    extras = small_extras(row, _KNOWN)
-    return Draft(messages, repairs, {"extra": extras} if extras else {})
+    return Draft(messages, repairs, extras(row, _KNOWN, repairs))
 
 
 def _turn_list(value: object, path: str, repairs: Counter[str]) -> list[object]:
@@ -56,18 +57,29 @@ def _turn_list(value: object, path: str, repairs: Counter[str]) -> list[object]:
     return value
 
 
-def _turn(turn: object, path: str, repairs: Counter[str]) -> Turn:
+def _turn(turn: object, path: str, repairs: Counter[str], options: Options) -> Turn:
     if not isinstance(turn, dict):
         fix = 'write {"from": "human", "value": "..."}'
         raise RecordFault("NO_TURNS", path, f"found {excerpt(repr(turn), 40)}", fix)
-    check_switches(turn, path)
-    keys = {key.strip().casefold(): key for key in turn}
-    role_key = next((keys[key] for key in _ROLE_KEYS if key in keys), None)
-    text_key = next((keys[key] for key in _TEXT_KEYS if key in keys), None)
+    role_key, text_key = ("from", "value") if "from" in turn and "value" in turn else _keys(turn, path, repairs)
+    role = role_of(turn[role_key], f"{path}.{role_key}", options)
+    if len(turn) > 2:
+        check_switches(turn, role, path)
+        if calls_tool(turn, path, options):
+            role = "tool"
+        repairs["other keys of a turn dropped"] += 1
+    text_path = f"{path}.{text_key}"
+    return Turn(role, "" if role == "tool" else content_of(turn[text_key], text_path, repairs), text_path)
+
+
+def _keys(turn: dict[str, Any], path: str, repairs: Counter[str]) -> tuple[str, str]:
+    """The keys under which a turn has its role and its text."""
+    folded = {key.strip().casefold(): key for key in turn}
+    role_key = next((folded[key] for key in _ROLE_KEYS if key in folded), None)
+    text_key = next((folded[key] for key in _TEXT_KEYS if key in folded), None)
     if role_key is None or text_key is None:
         reason = f"found the keys {excerpt(', '.join(turn), 60) or '(none)'}"
         raise RecordFault("NO_TURNS", path, reason, 'write {"from": "human", "value": "..."}')
-    role = role_of(turn[role_key], f"{path}.{role_key}")
-    if len(turn) > 2:
-        repairs["other keys of a turn dropped"] += 1
-    return Turn(role, content_of(turn[text_key], f"{path}.{text_key}", repairs), f"{path}.{text_key}")
+    if role_key not in _ROLE_KEYS or text_key not in _TEXT_KEYS:
+        repairs["odd spelling of a key read"] += 1
+    return role_key, text_key

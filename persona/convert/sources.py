@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from persona.console import excerpt
 from persona.convert.draft import printable
-from persona.errors import DataError, EnvironmentFault, UsageError
+from persona.errors import DataError, UsageError
 
-_REPORTS = ("report.json", "rejected.jsonl")
+_REPORTS = ("report.json", "rejected.jsonl", "report.html", "dataset_stats.json")
+_INDEXES = ("目录", "合集", "目錄")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def find_sources(inputs: Iterable[str]) -> tuple[list[Source], list[str]]:
                         found.setdefault(inner.resolve(), (inner, True))
             elif path.is_file():
                 found.setdefault(path.resolve(), (path, False))
-            else:
+            else:  # /dev/zero would never end, a pipe never begin
                 raise UsageError(f"{path} is neither a file nor a folder. Give text or JSON files.")
     if not found:
         raise DataError(f"No input files in {', '.join(inputs)}." + "".join(f"\n  skipped {line}" for line in skipped))
@@ -45,8 +47,15 @@ def find_sources(inputs: Iterable[str]) -> tuple[list[Source], list[str]]:
 
 
 def _expand(given: str) -> list[Path]:
-    path = Path(given).expanduser()
-    if path.exists():
+    path = Path(given)
+    try:
+        path = path.expanduser()
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{excerpt(given)} cannot be opened: {error}. Check the name and its permissions.") from None
+    else:
         return [path]
     matches = sorted(glob.glob(str(path)))  # shells on Windows leave patterns to the program
     if not matches:
@@ -66,6 +75,10 @@ def _left_out(path: Path) -> str | None:
         return "hidden"
     if path.stem.casefold() == "readme":
         return "a description"
+    if path.stem in _INDEXES:
+        return "an index"
+    if path.name == "meta.json":
+        return "says something about the article beside it"
     return None if path.is_file() else "not a regular file"
 
 
@@ -76,11 +89,3 @@ def _label(found: Iterable[tuple[Path, bool]]) -> Iterable[Source]:
         seen[name] += 1
         label = name if seen[name] == 1 else f"{name}~{seen[name]}"
         yield Source(path, name, label, from_folder)
-
-
-def read_bytes(source: Source) -> bytes:
-    """The content of a source."""
-    try:
-        return source.path.read_bytes()
-    except OSError as error:
-        raise EnvironmentFault(f"{source.path} cannot be read: {error.strerror}. Check its permissions.") from error
