@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-# Norms and gated layers of these compute what is written here; any other architecture keeps its own
+# Norms, gated layers and output layers of these compute what is written here and in persona/loss.py (no scale and no
+# soft cap behind the output layer); any other architecture keeps its own
 KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
