@@ -34,7 +34,7 @@ _SIGNATURES = (
     (b"SQLite format 3", "a database", "export its table as CSV"),
     (b"%PDF", "a PDF file", "copy its text into a text file"),
 )
-_FOREIGN_WORDS = re.compile(r"[^\x00-\x7f][^\n]{0,19}")  # what shows a person whether the guess was right
+_FOREIGN_WORDS = re.compile(r"[^\x00-\x7f][^\r\n]{0,19}")  # what shows a person whether the guess was right
 _BINARY_SHARE = 0.02  # of zero bytes; text has none, UTF-16 without a mark has about half
 _COMMON = 0.6  # share of a Chinese text's characters that stand in the common half of its character set
 
