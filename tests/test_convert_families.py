@@ -8,6 +8,7 @@ from converting import convert_data, convert_paths
 
 from persona.convert.options import LINE_KINDS
 from persona.convert.privacy import personal_data
+from persona.convert.report import verdict
 from persona.errors import DataError, UsageError
 
 
@@ -353,3 +354,12 @@ def test_the_dialogue_that_renpy_extracts():
     rows = 'start_1\t\tThe wind howled.\ta.rpy\t5\t"[what]"\nstart_2\tEileen\tHello.\ta.rpy\t6\te "[what]"\n'
     conversion = convert_data(header + rows, characters=("Eileen",), narration="brackets")
     assert [m["content"] for m in conversion.records[0].messages] == ["（The wind howled.）", "Hello."]
+
+
+def test_a_chat_in_which_nobody_answers_in_time_is_advised():
+    lines = "".join(f"2023-01-1{n} 1{n % 2}:00:00 {('小雨', '阿哲')[n % 2]}(1234{n % 2})\nline {n}\n" for n in range(8))
+    conversion = convert_data(lines, characters=("阿哲",))
+    said = verdict(conversion.report, 0.05)
+    assert "4 lines of the character have no line before them" in said
+    assert "--max-gap" in said
+    assert len(convert_data(lines, characters=("阿哲",), max_gap=10_000).records) == 1

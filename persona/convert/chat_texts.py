@@ -55,7 +55,7 @@ def read_qq(text: str, options: Options) -> Script:
             words.append(line)
     for said, lines in kept:
         said.text = "\n".join(lines).strip()
-    return to_script(messages, "a QQ export", options)
+    return to_script(messages, options)
 
 
 def _padded(time: str) -> str:
@@ -79,7 +79,7 @@ def read_whatsapp(text: str, options: Options) -> Script:
                 messages.append(Said("", match["rest"], number, time, SYSTEM_LINE))
         elif messages:
             messages[-1].text += f"\n{line}"
-    return to_script(messages, "a WhatsApp export", options)
+    return to_script(messages, options)
 
 
 def _day_first(text: str) -> bool:

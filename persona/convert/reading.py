@@ -151,7 +151,7 @@ def _scripted(
         intake.repairs += script.repairs
         yield from drafts
 
-    layout = f"{why}; {script.layout}" if script.layout not in why else why
+    layout = f"{why}, {script.layout}" if script.layout not in why else why
     speakers = Counter(speech.speaker for speech in script.speeches)
     return Opened(source, found, name, layout, read, list(script.notes), speakers, character)
 
