@@ -141,11 +141,6 @@ class Account:
         """Let go of the files that hold the records on their way."""
         self._shuffle.close()
 
-    @property
-    def has_settings(self) -> bool:
-        """Whether any record is a setting."""
-        return bool(self._settings)
-
     def finish(self) -> tuple[Counter[str], list[dict[str, Any]]]:
         """Write the records in their final order; the lines of each file, and a random sample of records."""
         held_out = self._split.held_out(self.options.ratio)

@@ -139,9 +139,3 @@ def read_tavern(rows: list[Row], options: Options) -> Script:
         left_out = SYSTEM_LINE if value.get("is_system") else None if _text(text).strip() else NO_TEXT
         said.append(Said(_text(value.get("name")) or "(unknown)", _text(text), row.line, None, left_out))
     return to_script(said, options)
-
-
-def tavern_character(first: Values) -> str | None:
-    """The name of the character in a SillyTavern chat with one."""
-    name = first[0].get("character_name")
-    return name if isinstance(name, str) and name.strip() else None
