@@ -1,5 +1,6 @@
 """The style of three sets of texts beside each other: the author's, the base model's and the tuned model's."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +15,10 @@ from persona.style.results import Comparison, Distance, Estimate, Texts
 from persona.style.units import Language, Segmenter, language, segmenter, words
 
 _MOST = 600  # passages of a set; time grows with the square
+_PIECE = (
+    3000  # characters of the documents that TF-IDF counts where there are few authors; 1,000 tells them apart worse
+)
+_MANY = 10  # authors, each of whom is one document then
 _LABEL = "style: the mean of the distances that have a weight"
 
 Words = Literal["auto", "jieba", "bigrams"]
@@ -80,16 +85,16 @@ def distance_matrix(
     found = [[features(passage, spoken, cut) for passage in group] for group in passages]
     known = vocabulary(found, spoken)
     counts = [count(group, there, known) for group, there in zip(found, passages, strict=True)]
-    one = prepare(joined([summed(part) for part in counts]), scales(counts, known))
-    each = np.eye(len(counts), dtype=np.float32)
-    first = np.repeat(each[: len(rows)], len(columns), axis=0)
-    second = np.tile(each[len(rows) : len(rows) + len(columns)], (len(rows), 1))
+    piece = math.inf if len(counts) >= _MANY else _PIECE
+    one = prepare(joined([summed(part) for part in counts]), scales(counts, known, piece))
+    first = np.repeat(np.arange(len(rows)), len(columns))
+    second = np.tile(np.arange(len(rows), len(rows) + len(columns)), len(rows))
     values = {}
     for measure in MEASURES:
-        middle = centre([represent(measure, one, np.tile(row, (len(first), 1))) for row in each])
-        values[measure.name] = distance(
-            measure, represent(measure, one, first), represent(measure, one, second), middle
-        )
+        every = represent(measure, one, np.eye(len(counts), dtype=np.float32))
+        there = np.flatnonzero(~every.empty)
+        middle = centre([every.take(np.array([at])) for at in there]).take(np.zeros(len(first), int))
+        values[measure.name] = distance(measure, every.take(first), every.take(second), middle)
     values[progress.HEADLINE] = headline(values)
     return {name: value.reshape(len(rows), len(columns)) for name, value in values.items()}
 
@@ -127,7 +132,7 @@ def _progress(
     if "author" in reasons or "base" in reasons:
         return {}, 0, reasons
     usable = {name: each for name, each in characters.items() if name not in reasons}
-    usual = scales([sets[name].counts for name in usable] + [other.counts for other in others], columns)
+    usual = scales([sets[name].counts for name in usable] + [other.counts for other in others], columns, _PIECE)
     passages = prepare(joined([sets[name].counts for name in usable]), usual)
     return progress.measure(passages, usable, seed, repeats), progress.sample_length(usable), reasons
 
@@ -149,6 +154,7 @@ def _texts(corpus: Corpus) -> Texts:
 
 
 def _warnings(whole: Distance) -> list[str]:
-    if whole.tuned.high is not None and whole.ceiling.low is not None and whole.tuned.high < whole.ceiling.low:
+    tuned, own = whole.tuned.value, whole.ceiling.low
+    if tuned is not None and own is not None and tuned < own:
         return ["tuned is nearer to the author than his own other half is: look for copied texts"]
     return []
