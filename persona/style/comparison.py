@@ -15,9 +15,7 @@ from persona.style.results import Comparison, Distance, Estimate, Texts
 from persona.style.units import Language, Segmenter, language, segmenter, words
 
 _MOST = 600  # passages of a set; time grows with the square
-_PIECE = (
-    3000  # characters of the documents that TF-IDF counts where there are few authors; 1,000 tells them apart worse
-)
+_PIECE = 1000  # characters of the documents that TF-IDF counts where there are few authors
 _MANY = 10  # authors, each of whom is one document then
 _LABEL = "style: the mean of the distances that have a weight"
 
@@ -67,7 +65,7 @@ def compare(
         author=_texts(sets["author"]),
         base=_texts(sets["base"]),
         tuned=_texts(sets["tuned"]) if "tuned" in sets else None,
-        notes=(*notes, *_warnings(whole)),
+        notes=tuple(notes),
     )
 
 
@@ -86,7 +84,7 @@ def distance_matrix(
     known = vocabulary(found, spoken)
     counts = [count(group, there, known) for group, there in zip(found, passages, strict=True)]
     piece = math.inf if len(counts) >= _MANY else _PIECE
-    one = prepare(joined([summed(part) for part in counts]), scales(counts, known, piece))
+    one = prepare(joined([summed(part) for part in counts]), scales(counts, counts, known, piece))
     first = np.repeat(np.arange(len(rows)), len(columns))
     second = np.tile(np.arange(len(rows), len(rows) + len(columns)), len(rows))
     values = {}
@@ -132,7 +130,9 @@ def _progress(
     if "author" in reasons or "base" in reasons:
         return {}, 0, reasons
     usable = {name: each for name, each in characters.items() if name not in reasons}
-    usual = scales([sets[name].counts for name in usable] + [other.counts for other in others], columns, _PIECE)
+    reference = [other.counts for other in others]
+    everyone = [sets[name].counts for name in usable]
+    usual = scales([sets["base"].counts, *reference], [*everyone, *reference], columns, _PIECE)
     passages = prepare(joined([sets[name].counts for name in usable]), usual)
     return progress.measure(passages, usable, seed, repeats), progress.sample_length(usable), reasons
 
@@ -151,10 +151,3 @@ def _distance(measure: Measure, found: Mapping[str, progress.Found], reasons: Ma
 def _texts(corpus: Corpus) -> Texts:
     texts = sum(passage.opens is not None for passage in corpus.passages)
     return Texts(texts, int(corpus.counts.characters.sum()), len(corpus.passages))
-
-
-def _warnings(whole: Distance) -> list[str]:
-    tuned, own = whole.tuned.value, whole.ceiling.low
-    if tuned is not None and own is not None and tuned < own:
-        return ["tuned is nearer to the author than his own other half is: look for copied texts"]
-    return []

@@ -84,15 +84,23 @@ class Samples:
         return Samples(self.shares[rows], self.image[rows], self.empty[rows])
 
 
-def scales(groups: Sequence[Counts], columns: Mapping[str, Mapping[str, int]], piece: float) -> Scales:
-    """The scales of several authors, each with the same say, whose documents are pieces of so many characters."""
+def scales(
+    usual: Sequence[Counts], everyone: Sequence[Counts], columns: Mapping[str, Mapping[str, int]], piece: float
+) -> Scales:
+    """Document frequencies of `usual` and deviations of `everyone`, each author with the same say.
+
+    Documents are pieces of so many characters. A word that none of them has weighs as one that a single piece has:
+    were the author's texts among them, words that only he and the tuned model use would weigh less than his alone.
+    """
     idf, deviation = {}, {}
-    pieces = [_pieces(group, piece) for group in groups if len(group.characters)]
+    pieces, documents = (
+        [_pieces(group, piece) for group in sets if len(group.characters)] for sets in (everyone, usual)
+    )
     for family in ("words", "characters", "delta"):
-        rates = [_rates(piece[family]) for piece in pieces]
-        present = np.mean([(rate > 0).mean(axis=0) for rate in rates], axis=0)
-        least = 0.5 / sum(len(rate) for rate in rates)
+        present = np.mean([(each[family] > 0).mean(axis=0) for each in documents], axis=0)
+        least = 1 / max(2, sum(len(each[family]) for each in documents))
         idf[family] = np.log(1 / np.clip(present, least, 1)).astype(np.float32)
+        rates = [_rates(each[family]) for each in pieces]
         mean = np.mean([rate.mean(axis=0) for rate in rates], axis=0)
         deviation[family] = np.sqrt(np.mean([((rate - mean) ** 2).mean(axis=0) for rate in rates], axis=0))
         if OTHER in columns[family]:  # no word of its own
