@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import family, save_model
 from transformers import AutoModelForCausalLM
 
-from persona.merging import merge as merging
 from persona.artifacts import TOKENIZER_FILES, kind_of, read_card
 from persona.config import Quantization
 from persona.errors import DataError, EnvironmentFault, UsageError
+from persona.merging import merge as merging
 from persona.merging.merge import merge
 from persona.modeling import load_adapter, load_base
 from persona.run import finetune

@@ -37,7 +37,9 @@ def bases(tmp_path_factory):
 def adapted(base, **settings):
     """The model in `base` with a random adapter of these `settings`, in which nothing is zero."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(**({"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": "all-linear"} | settings))
+    config = LoraConfig(
+        **({"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": "all-linear"} | settings)
+    )
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,7 +75,9 @@ def check(base, tmp_path, peft_merges=True, **settings):
         ours = merged.state_dict()
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                tensor, theirs[name], rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            )
     return report
 
 

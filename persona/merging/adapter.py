@@ -58,23 +58,27 @@ def read_adapter(folder: Path, skeleton: Any, base: Path) -> Adapter:
         if not torch.isfinite(tensor).all():
             raise DataError(f"{folder}: {name} holds numbers that are not finite. Merge an earlier checkpoint.")
     changes: dict[str, list[Change]] = {}
-    followers = set()
     for path, module in wrapped.named_modules():
-        if isinstance(module, TrainableTokensLayer) and module.tied_adapter:
-            followers.add(f"{_plain(path).removesuffix('.token_adapter')}.weight")
         for name, change in _changes_of(path, module, weights, folder):
             changes.setdefault(name, []).append(change)
     for key, tensor in weights.items():
         if (name := _plain(key)) in parameters:  # what was trained whole comes before what is added to it
             changes.setdefault(name, []).insert(0, Replaced(tensor))
-    if config.ensure_weight_tying:
-        followers |= {name for name in ties if name in changes or ties[name] in changes}
-    for name in followers:
-        changes.pop(name, None)
+    followers = set(ties) if config.ensure_weight_tying else _following(wrapped)
+    changes = {name: change for name, change in changes.items() if name not in followers}
     untied = {name: source for name, source in ties.items() if name not in followers and {name, source} & set(changes)}
     if not changes:
         raise UsageError(f"{folder}: {ADAPTER_WEIGHTS} changes no parameter of {base}.")
     return Adapter(changes, {name: source for name, source in ties.items() if name not in untied}, untied)
+
+
+def _following(wrapped: Any) -> set[str]:
+    """Parameters that take their new rows from the one they are tied to."""
+    return {
+        f"{_plain(path).removesuffix('.token_adapter')}.weight"
+        for path, module in wrapped.named_modules()
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter
+    }
 
 
 def _plain(key: str) -> str:
@@ -86,7 +90,8 @@ def _read_config(folder: Path) -> LoraConfig:
     path = folder / "adapter_config.json"
     values = read_json_object(path)
     if values.get("peft_type") != "LORA":
-        raise UsageError(f"{folder} is no LoRA adapter ({values.get('peft_type') or 'an unknown kind'}); only those can be merged.")  # fmt: skip
+        kind = values.get("peft_type") or "an unknown kind"
+        raise UsageError(f"{folder} is no LoRA adapter ({kind}); only those can be merged.")
     if not isinstance(values.get("lora_alpha"), int | float) or not isinstance(values.get("r"), int):
         raise UsageError(f"{path}: lora_alpha or r is missing or no number. Copy it again.")
     start = str(values.get("init_lora_weights")).lower()
@@ -164,9 +169,7 @@ def _check_names(
         )
 
 
-def _changes_of(
-    path: str, module: Any, weights: dict[str, torch.Tensor], folder: Path
-) -> list[tuple[str, Change]]:
+def _changes_of(path: str, module: Any, weights: dict[str, torch.Tensor], folder: Path) -> list[tuple[str, Change]]:
     """The changes that one of PEFT's layers makes, with the names of the parameters."""
     layer = _plain(path)
     if isinstance(module, TrainableTokensLayer) and not module.tied_adapter:
@@ -189,7 +192,7 @@ def _changes_of(
         turned = True
     else:
         a, b = weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"]
-        turned = bool(module.fan_in_fan_out)
+        turned = bool(getattr(module, "fan_in_fan_out", False))
     low_rank = LowRank(a.T, b.T, scaling) if turned else LowRank(b, a, scaling)
     magnitude = weights.get(f"{path}.lora_magnitude_vector", weights.get(f"{path}.lora_magnitude_vector.weight"))
     change: Change = low_rank if magnitude is None else Decomposed(low_rank, magnitude.flatten(), turned)

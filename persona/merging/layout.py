@@ -63,14 +63,16 @@ def skeleton(base: Path) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
-        raise UsageError(f"The model in {base} is of no kind that can be merged: {str(error).splitlines()[0]}") from None
+        raise UsageError(
+            f"The model in {base} is of no kind that can be merged: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def parts(names: Sequence[str], model: Any) -> dict[str, Part]:
     """What each tensor named in a checkpoint is in `model`; names that it does not know are left out."""
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
+    renamings: list[Any] = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     parameters = model.state_dict()
     counted: Counter[tuple[str, str]] = Counter()
@@ -117,7 +119,10 @@ def outputs(stored: Mapping[str, Stored], model: Any, adapter: Adapter, dtype: t
         changes = adapter.changes.get(parameter, []) if parameter is not None else []
         if changes and part is not None:
             if part.converted:
-                raise UsageError(f"The adapter changes {parameter}, which transformers converts from {name} in a way that this merge does not know.")  # fmt: skip
+                raise UsageError(
+                    f"The adapter changes {parameter}, which transformers converts from {name} in a way that this "
+                    "merge does not know."
+                )
             if part.expert is not None:
                 changes = [_expert_change(change, part.expert, name) for change in changes]
             reached.add(parameter)

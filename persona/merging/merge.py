@@ -143,8 +143,8 @@ def _check_space(plan: Sequence[Output], folder: Path) -> None:
     if needed > free:
         kept = " The model that is there is kept until the new one is whole." if os.path.isdir(folder) else ""
         raise EnvironmentFault(
-            f"The merged model needs {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free.{kept} Nothing was "
-            "written; make space, or choose a folder on another disk with --output."
+            f"The merged model needs {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free.{kept} Nothing "
+            "was written; make space, or choose a folder on another disk with --output."
         )
 
 
@@ -168,7 +168,9 @@ def _write_weights(plan: Sequence[Output], folder: Path, shard_bytes: int, dtype
     if tally.broken:
         raise DataError(f"{tally.broken} is not finite: the base already is. Copy or download it again completely.")
     if tally.beyond:
-        advice = "" if dtype == torch.bfloat16 else ' Use --set export.dtype="bfloat16", whose range is that of float32.'
+        advice = (
+            "" if dtype == torch.bfloat16 else ' Use --set export.dtype="bfloat16", whose range is that of float32.'
+        )
         raise DataError(
             f"{tally.beyond} merged numbers are outside the range of {str(dtype).removeprefix('torch.')}, the first "
             f"in {tally.beyond_in}.{advice} Nothing was written."

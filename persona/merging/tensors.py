@@ -96,6 +96,7 @@ def header(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
 
 def write(file: IO[bytes], tensor: torch.Tensor) -> None:
     """Append the numbers of `tensor`."""
-    view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    numbers: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    view = memoryview(numbers)
     while view:
         view = view[file.write(view) :]

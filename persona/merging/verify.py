@@ -3,9 +3,11 @@
 The two are never in memory together; of the first only its logits at the replies' tokens are kept.
 """
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +15,28 @@ import psutil
 import torch
 import torch.nn.functional as F
 
+from persona.artifacts import read_card
 from persona.config import Data, Quantization
 from persona.dataset import render_records
 from persona.errors import DataError, PersonaError, VerificationFailed
+from persona.folders import read_json_object
 from persona.loss import supervised_logits
 from persona.merging.four_bits import held_in_4_bits
 from persona.merging.layout import skeleton
 from persona.merging.merge import Check
-from persona.modeling import load_adapter, load_base
+from persona.modeling import DTYPES, load_adapter, load_base, load_tokenizer
 from persona.packing import pack
 from persona.records import Record, read_records
-from persona.render import ChatFormat, Example
+from persona.render import ChatFormat, Example, chat_format
 
 POSITIONS = 512  # tokens of replies that are compared
 # Where no held-out file is at hand. What they say does not matter: both models only have to say the same of it.
 _BUILT_IN = (
     ("Who are you, and what do you do all day?", "I keep the lamp, and I count the ships that come home. Some do not."),
-    ("Tell me what happened last winter.", "The fog came in for nine days. On the tenth, somebody rang the bell from outside."),  # fmt: skip
+    (
+        "Tell me what happened last winter.",
+        "The fog came in for nine days. On the tenth, somebody rang the bell from outside.",
+    ),  # fmt: skip
     ("你是谁？今天过得怎么样？", "我是看灯的人。今天风很大，海上只有一条船，它一直没有靠岸。"),
     ("Write two lines about rain.", "It fell on the roofs as if it had a list of them,\nand mine was the last."),
 )
@@ -125,6 +132,36 @@ def place_for(base: Path) -> tuple[torch.device, str] | None:
     return None
 
 
+def prepare(
+    base: Path, adapter: Path, data: Data | None, dtype: torch.dtype, say: Callable[[str], None]
+) -> Check | None:
+    """The check of a merge on the held-out file of `data`, telling `say`; None where no memory holds the model.
+
+    `data` is that of the adapter's run; None for an adapter of another tool.
+    """
+    place = place_for(base)
+    if place is None:
+        return None
+    card = read_card(adapter)
+    template = adapter / "chat_template.jinja"
+    day = date.fromisoformat(card.date) if card is not None else date.today()
+    fmt = chat_format(load_tokenizer(base, str(template) if template.is_file() else None, day))
+    texts = held_out(data, fmt, card.system_prompt if card is not None else None)
+
+    def tell(held: Quantization | None, verdict: Verdict) -> None:
+        into = "" if held is None else " into the weights as training in 4 bits saw them"
+        say(f"Verified{into}, pass: {verdict} ({texts.source}).")
+
+    return verifier(base, adapter, texts, dtype, place, trained_in(adapter), tell)
+
+
+def trained_in(adapter: Path) -> torch.dtype:
+    """The number format in which the run behind `adapter` computed; bfloat16 where nothing says it."""
+    path = adapter.resolve().parent / "run.json"
+    resolved = read_json_object(path).get("resolved") if path.is_file() else None
+    return DTYPES.get(resolved.get("precision", "") if isinstance(resolved, dict) else "", torch.bfloat16)
+
+
 def verifier(
     base: Path,
     adapter: Path,
@@ -139,15 +176,18 @@ def verifier(
     A base held in 4 bits is the one that training with the type `compute` saw.
     """
     device, precision = place
+    plain = Quantization(load_in_4bit=False)
+    tolerance = TOLERANCES[dtype] if precision == "fp32" else ROUGH
 
     def check(folder: Path, held: Quantization | None) -> float:
-        model = load_base(base, Quantization(load_in_4bit=False), precision, device)
+        model = load_base(base, plain, precision, device)
         if held is not None:
             _pass_through_4_bits(model, held, compute)
         expected = reply_logits(load_adapter(model, adapter), texts.examples, device)
         del model
-        merged = reply_logits(load_base(folder, Quantization(load_in_4bit=False), precision, device), texts.examples, device)  # fmt: skip
-        verdict = compare(expected, merged, texts.examples, TOLERANCES[dtype] if precision == "fp32" else ROUGH)
+        gc.collect()  # PEFT's layers refer to each other, and two models may be more than the memory holds
+        merged = reply_logits(load_base(folder, plain, precision, device), texts.examples, device)
+        verdict = compare(expected, merged, texts.examples, tolerance)
         if not verdict.passed:
             raise VerificationFailed(
                 f"The merged model is not base + adapter: {verdict}. Nothing was published, and what was merged has "
@@ -175,9 +215,7 @@ def reply_logits(model: Any, examples: Sequence[Example], device: torch.device) 
     return torch.cat(found)
 
 
-def compare(
-    expected: torch.Tensor, merged: torch.Tensor, examples: Sequence[Example], tolerance: Tolerance
-) -> Verdict:
+def compare(expected: torch.Tensor, merged: torch.Tensor, examples: Sequence[Example], tolerance: Tolerance) -> Verdict:
     """Both models' logits (positions, vocabulary) on the replies of `examples`."""
     targets = torch.tensor([token for example in examples for token in example.reply_ids])
     losses = [F.cross_entropy(logits, targets).item() for logits in (expected, merged)]
@@ -185,6 +223,7 @@ def compare(
         raise DataError(f"The loss is not finite: {losses[0]} with base + adapter, {losses[1]} merged.")
     differing = int((expected.argmax(-1) != merged.argmax(-1)).sum())
     # one position may always differ: two tokens can be as good as equally probable
-    passed = abs(losses[1] - losses[0]) <= tolerance.loss * losses[0] and differing <= max(1, tolerance.differing * len(targets))  # fmt: skip
+    alike = differing <= max(1, tolerance.differing * len(targets))
+    passed = alike and abs(losses[1] - losses[0]) <= tolerance.loss * losses[0]
     largest = max((a - b).abs().max().item() for a, b in zip(expected, merged, strict=True))
     return Verdict(len(targets), losses[0], losses[1], 1 - differing / len(targets), largest, passed)
