@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import merge_lora_to_fp16
 from persona.config import Quantization
 from persona.errors import EnvironmentFault, UsageError, VerificationFailed
-from persona.folders import missing_parts
 from persona.merging import merge as merging
 from persona.merging import verify
 from persona.merging.changes import LowRank

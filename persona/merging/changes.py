@@ -75,7 +75,7 @@ class Replaced:
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """See `Change`."""
-        return self.values[start : start + len(rows)].float()
+        return rows.copy_(self.values[start : start + len(rows)])
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ def merge(
         recover(folder)
         for staging in stagings:
             shutil.rmtree(staging, ignore_errors=True)
-        for form, staging in zip(held, stagings, strict=False):
+        for number, (form, staging) in enumerate(zip(held, stagings, strict=False)):
             plan, untied = _plan(base, adapter, dtype, form)
-            _check_space(plan, folder)
+            _check_space(plan, folder, len(held) - number)
             staging.mkdir(parents=True)
             report = replace(_write_weights(plan, staging, shard_bytes, dtype), folder=output, untied=untied,
                              verified_base=card is not None, held=form[0] if form is not None else None)  # fmt: skip
@@ -137,9 +137,9 @@ def _check_paths(base: Path, adapter: Path, output: Path) -> None:
         raise UsageError(f"{output} exists and is no merged model of ours (no {CARD}); remove it, or {another}")
 
 
-def _check_space(plan: Sequence[Output], folder: Path) -> None:
+def _check_space(plan: Sequence[Output], folder: Path, times: int) -> None:
     there = next(path for path in folder.parents if os.path.isdir(path))
-    needed, free = sum(tensor.size for tensor in plan) + _REST_BYTES, shutil.disk_usage(there).free
+    needed, free = times * (sum(tensor.size for tensor in plan) + _REST_BYTES), shutil.disk_usage(there).free
     if needed > free:
         kept = " The model that is there is kept until the new one is whole." if os.path.isdir(folder) else ""
         raise EnvironmentFault(
@@ -198,8 +198,6 @@ def _write_tensor(tensor: Output, file: IO[bytes], tally: _Tally) -> None:
         merged = stored.to(torch.float32, copy=bool(tensor.changes))
         for change in tensor.changes:
             merged = change.apply(merged, tensor.first_row + start)
-        if tensor.changes:
-            tally.largest = max(tally.largest, (merged - stored).abs().max().item())
         rounded = merged.to(tensor.dtype)
         low, high = map(float, merged.aminmax())
         if not -torch.finfo(tensor.dtype).max <= low <= high <= torch.finfo(tensor.dtype).max:  # also where one is NaN
@@ -211,6 +209,9 @@ def _write_tensor(tensor: Output, file: IO[bytes], tally: _Tally) -> None:
         changed = changed or bool(tensor.changes) and not torch.equal(rounded, stored.to(tensor.dtype))
         if not tally.beyond:
             write(file, rounded)
+        if tensor.changes:  # in place, as it is written; another block of memory would take longer than the sum
+            least, most = merged.sub_(stored).aminmax()
+            tally.largest = max(tally.largest, -least.item(), most.item())
     tally.changed += changed
 
 

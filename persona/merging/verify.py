@@ -24,7 +24,7 @@ from persona.loss import supervised_logits
 from persona.merging.four_bits import held_in_4_bits
 from persona.merging.layout import skeleton
 from persona.merging.merge import Check
-from persona.modeling import DTYPES, load_adapter, load_base, load_tokenizer
+from persona.modeling import DTYPES, enough_memory, load_adapter, load_base, load_tokenizer
 from persona.packing import pack
 from persona.records import Record, read_records
 from persona.render import ChatFormat, Example, chat_format
@@ -180,6 +180,10 @@ def verifier(
     tolerance = TOLERANCES[dtype] if precision == "fp32" else ROUGH
 
     def check(folder: Path, held: Quantization | None) -> float:
+        with enough_memory("Close other programs, or leave the comparison out with --no-verify."):
+            return measured(folder, held)
+
+    def measured(folder: Path, held: Quantization | None) -> float:
         model = load_base(base, plain, precision, device)
         if held is not None:
             _pass_through_4_bits(model, held, compute)
