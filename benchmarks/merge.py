@@ -40,11 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 SHARD_BYTES = 4 * 10**9
 
 
-def make(shape: str, base: Path, adapter: Path) -> None:
-    """Write a random base of `shape` with the embedded model's tokenizer, and a random adapter for it."""
-    from persona.sources import EMBEDDED, resolve_model
-
-    tokenizer = resolve_model(EMBEDDED)
+def make(shape: str, base: Path, adapter: Path, tokenizer: Path) -> None:
+    """Write a random base of `shape` with the tokenizer in `tokenizer`, and a random adapter for it."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -89,7 +86,7 @@ def make(shape: str, base: Path, adapter: Path) -> None:
 
 def measure(way: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
     """Seconds and peak memory in GiB of one `way` (ours, copy, peft) from `base` and `adapter` to `output`."""
-    before = time.perf_counter()
+    before, busy = time.perf_counter(), time.process_time()
     if way == "ours":
         import torch
 
@@ -114,22 +111,23 @@ def measure(way: str, base: Path, adapter: Path, output: Path) -> dict[str, floa
             handle = os.open(path, os.O_RDWR)
             os.fsync(handle)
             os.close(handle)
-    seconds = time.perf_counter() - before
+    seconds, busy = time.perf_counter() - before, time.process_time() - busy
     import torch
 
     from persona.metrics import peak_memory_gib
 
-    return {"seconds": seconds, "peak_gib": peak_memory_gib(torch.device("cpu"))}
+    return {"seconds": seconds, "busy": busy, "peak_gib": peak_memory_gib(torch.device("cpu"))}
 
 
 def report(figures: dict[str, list[dict[str, float]]], size: float) -> str:
     """A table of medians, and each way's time over that of the copy of its own turn."""
-    lines = ["| | seconds | MB/s | peak GiB | times a copy |", "|---|---|---|---|---|"]
+    lines = ["| | seconds | of a processor | MB/s | peak GiB | times a copy |", "|---|---|---|---|---|---|"]
     for way, runs in figures.items():
         seconds = statistics.median(run["seconds"] for run in runs)
         ratios = [run["seconds"] / copy["seconds"] for run, copy in zip(runs, figures["copy"], strict=True)]
+        busy, peak = statistics.median(run["busy"] for run in runs), max(run["peak_gib"] for run in runs)
         lines.append(
-            f"| {way} | {seconds:.1f} | {size / seconds / 1e6:.0f} | {max(run['peak_gib'] for run in runs):.2f} | "
+            f"| {way} | {seconds:.1f} | {busy:.1f} | {size / seconds / 1e6:.0f} | {peak:.2f} | "
             f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
         )
     return "\n".join(lines)
@@ -144,18 +142,21 @@ def main() -> None:
     parser.add_argument("--one", nargs=4, metavar=("WAY", "BASE", "ADAPTER", "OUTPUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one and args.one[0] == "make":
-        make(args.shape, Path(args.one[1]), Path(args.one[2]))
+        make(args.shape, *map(Path, args.one[1:]))
         return
     if args.one:
         print(json.dumps(measure(args.one[0], *map(Path, args.one[1:]))))
         return
+    from persona.sources import EMBEDDED, resolve_model
+
+    tokenizer = resolve_model(EMBEDDED)
     ways = ["copy", "ours", *(["peft"] if args.peft else [])]
     figures: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     command = [sys.executable, __file__, "--shape", args.shape, "--one"]
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         base, adapter, output = (Path(folder) / name for name in ("base", "adapter", "output"))
         # in a process of its own: a process inherits the peak memory of the one that starts it
-        subprocess.run([*command, "make", str(base), str(adapter), str(output)], check=True)
+        subprocess.run([*command, "make", str(base), str(adapter), str(tokenizer)], check=True)
         size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
         print(f"{args.shape}: {size / 1e9:.1f} GB", flush=True)
         for _ in range(args.turns):
