@@ -1,14 +1,18 @@
 """Every kind of LoRA adapter, on every architecture, is merged into what PEFT merges it into."""
 
+import json
+import shutil
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny import family, save_model
 from transformers import AutoModelForCausalLM
 
 from persona.errors import UsageError
+from persona.merging import tensors
 from persona.merging.merge import merge
 
 pytestmark = [
@@ -32,6 +36,12 @@ def bases(tmp_path_factory):
         return made[key]
 
     return base
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """A few rows at a time, also of matrices as small as these."""
+    monkeypatch.setattr(tensors, "BLOCK", 700)
 
 
 def adapted(base, **settings):
@@ -179,3 +189,41 @@ def test_tokens_that_the_base_lacks_are_named(bases, tmp_path):
     other.save_pretrained(tmp_path / "adapter")
     with pytest.raises(UsageError, match=r'another tokenizer .*"<\|mood\|>"'):
         merge(bases("llama"), tmp_path / "adapter", tmp_path / "merged", torch.float32, 10**9)
+
+
+def test_a_base_in_shards_and_in_bfloat16(bases, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(bases("llama"), dtype=torch.bfloat16)
+    whole, sharded = (shutil.copytree(bases("llama"), tmp_path / name) for name in ("whole", "sharded"))
+    (sharded / "model.safetensors").unlink()
+    model.save_pretrained(whole)
+    model.save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    adapted(whole).save_pretrained(tmp_path / "adapter")
+    for base in (whole, sharded):
+        merge(base, tmp_path / "adapter", tmp_path / f"merged {base.name}", torch.float16, 150_000)
+    one, other = (tmp_path / f"merged {name}" for name in ("whole", "sharded"))
+    assert len(list(one.glob("*.safetensors"))) > 1
+    for path in (one, other):
+        index = json.loads((path / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        sizes = sum(
+            t.numel() * t.element_size() for file in path.glob("*.safetensors") for t in load_file(file).values()
+        )
+        assert index["metadata"]["total_size"] == sizes
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (one, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_files_are_what_safetensors_itself_writes(tmp_path):
+    weights = {
+        "a": torch.randn(3, 5).half(),
+        "b": torch.arange(4),
+        "c": torch.tensor(2.0),
+        "d": torch.randn(2).bfloat16(),
+    }
+    with (tmp_path / "ours").open("wb") as file:
+        file.write(tensors.header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]))
+        for tensor in weights.values():
+            tensors.write(file, tensor)
+    read = load_file(tmp_path / "ours")
+    assert read.keys() == weights.keys()
+    assert all(read[name].dtype == tensor.dtype and torch.equal(read[name], tensor) for name, tensor in weights.items())

@@ -65,8 +65,8 @@ class Tolerance:
     """Share of positions at which the most probable token may be another one."""
 
 
-# By the format of the merged weights, computed in float32. On SmolLM2-135M with an adapter of rank 16 and 2,000
-# positions float16 was off by 6e-5 and 0.1 %, bfloat16 by 9e-4 and 1.2 %.
+# By the format of the merged weights, computed in float32. SmolLM2-135M with an adapter of rank 16 on 1,197 positions:
+# float32 no difference of the loss and of the first choices, float16 3e-5 and none, bfloat16 1e-4 and 0.2 %.
 TOLERANCES = {
     torch.float32: Tolerance(1e-5, 0.001),
     torch.float16: Tolerance(1e-3, 0.005),
