@@ -43,3 +43,9 @@ class Interrupted(PersonaError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class VerificationFailed(PersonaError):
+    """What was written was measured, and is not what it has to be; it was not published."""
+
+    exit_code = 1

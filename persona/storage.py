@@ -27,15 +27,37 @@ def publish(staging: Path, folder: Path, marked: bool = False) -> None:
         }
         write_json(staging / MARKER, {"files": entries})
         _flush(staging / MARKER)
+    recover(folder)
+    old = _aside(folder)
     if folder.exists():
-        old = folder.with_name(f".old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
+    try:
         staging.rename(folder)
-        shutil.rmtree(old)
-    else:
-        staging.rename(folder)
+    except OSError:  # on Windows another program may hold a file open
+        recover(folder)
+        raise
     _flush(folder.parent)
+    recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Undo or finish a `publish` that was killed: the earlier `folder` comes back if the new one had not its name yet.
+
+    No system lets one folder take the place of another in one step everywhere, so for an instant there is none; whoever
+    looks for `folder` where a `publish` may have been killed calls this first.
+    """
+    old, removed = _aside(folder), folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    if os.path.isdir(old):
+        if os.path.isdir(folder):
+            old.rename(removed)  # first, so that half of it never has a name from which it would come back
+            shutil.rmtree(removed, ignore_errors=True)
+        else:
+            old.rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
 
 
 def _flush(path: Path) -> None:

@@ -5,18 +5,23 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tiny import family, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def throughput():
-    spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks" / "throughput.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    return load("throughput")
 
 
 def test_the_workloads_are_single_exchanges_behind_one_system_prompt(throughput, tmp_path):
@@ -54,3 +59,19 @@ def test_operations_count_what_a_linear_layer_needs(throughput):
     adapter = 4 * (128 * 2 + 96 * 2 + 192 * 3)
     expected = 10 * (4 * 2 * layer + 6 * 2 * adapter) + 3 * 4 * 64 * 512 + 6 * 2 * 55 * 16 * 4 * 2
     assert throughput.operations(tuned, 10, 3, 55) == expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_both_ways_of_merging_write_the_same_model(tmp_path):
+    merge = load("merge")
+    tokenizer = save_model(tmp_path / "tokenizer", "llama", family("chatml_default"))
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    merge.make("tiny", base, adapter, tokenizer)
+    figures = {way: [merge.measure(way, base, adapter, tmp_path / way)] for way in ("copy", "ours", "peft")}
+    copy, ours, theirs = (load_file(tmp_path / way / "model.safetensors") for way in figures)
+    assert ours.keys() == theirs.keys() == copy.keys()
+    for name, tensor in ours.items():
+        assert tensor.shape == copy[name].shape
+        assert (tensor - theirs[name]).abs().max() <= 2**-10 * tensor.abs().max()
+    assert any(not ours[name].equal(copy[name]) for name in ours)
+    assert merge.report(figures, 1e6).splitlines()[2].startswith("| copy |")

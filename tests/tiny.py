@@ -260,6 +260,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None,
         "max_position_embeddings": None,
     },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "gpt2": {
         "n_embd": 64,
         "n_layer": 2,

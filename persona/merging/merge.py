@@ -1,0 +1,256 @@
+"""Adapter + 16-bit base -> one standard Hugging Face folder that appears complete and checked, or not at all.
+
+W + (alpha / r) * B A is computed in float32 and rounded once. Only the base's own safetensors are read, never a 4-bit
+copy of them; a few rows are in memory at a time, whatever the model's size.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from persona.artifacts import CARD, TOKENIZER_FILES, PersonaCard, check_base, copy_tokenizer
+from persona.config import Quantization
+from persona.errors import DataError, EnvironmentFault, UsageError
+from persona.folders import check_model_folder, read_json_object
+from persona.merging.adapter import read_adapter
+from persona.merging.layout import Output, outputs, shards, skeleton
+from persona.merging.tensors import header, stored_tensors, write
+from persona.storage import publish, recover, write_json
+
+_OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", CARD, *TOKENIZER_FILES}
+_OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_REST_BYTES = 64 * 2**20  # tokenizer and settings: the largest tokenizer.json known has 34 MB
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did."""
+
+    folder: Path
+    tensors: int
+    changed: int
+    """Tensors that differ from the base's after rounding."""
+    largest_change: float
+    """The largest difference of a number before rounding."""
+    shards: int
+    verified_base: bool
+    """Whether the adapter says which weights it was trained on; if not, only shapes could be compared."""
+    untied: bool
+    """Whether input and output embeddings were one tensor in the base and are two now."""
+    held: Quantization | None = None
+    """The quantization that the base's weights went through, or None for the original ones."""
+
+
+Check = Callable[[Path, Quantization | None], float]
+"""Measures a merged folder that is not published yet: its loss; raises what keeps it from being published."""
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    check: Check | None = None,
+    held: Sequence[tuple[Quantization, torch.dtype] | None] = (None,),
+) -> MergeReport:
+    """Write `output`, complete and passed by `check`, or not at all; one that is there stays until then.
+
+    `held` are the forms of the base to merge into: None is its own weights, a quantization and compute type those
+    that training in 4 bits saw. Of several the one whose loss `check` finds lowest is kept.
+
+    Raises `UsageError` when adapter and base do not belong together or `output` holds something else, `DataError` for
+    numbers that cannot be written, and `EnvironmentFault` when the disk is full.
+    """
+    check_model_folder(base)
+    _check_paths(base, adapter, output)
+    card = check_base(adapter, base)
+    folder = output.resolve()
+    stagings = [folder.with_name(f".staging-{folder.name}{suffix}") for suffix in ("", "-4bit")]
+    best: tuple[float, Path, MergeReport] | None = None
+    try:
+        recover(folder)
+        for staging in stagings:
+            shutil.rmtree(staging, ignore_errors=True)
+        for number, (form, staging) in enumerate(zip(held, stagings, strict=False)):
+            plan, untied = _plan(base, adapter, dtype, form)
+            _check_space(plan, folder, len(held) - number)
+            staging.mkdir(parents=True)
+            report = replace(_write_weights(plan, staging, shard_bytes, dtype), folder=output, untied=untied,
+                             verified_base=card is not None, held=form[0] if form is not None else None)  # fmt: skip
+            _write_rest(base, adapter, staging, dtype, card, untied)
+            loss = check(staging, report.held) if check is not None else 0.0
+            if best is None or loss < best[0]:
+                best = (loss, staging, report)
+        assert best is not None
+        publish(best[1], folder)
+        return best[2]
+    except OSError as error:
+        raise EnvironmentFault(
+            f"The merged model could not be written to {output}: {error}. Nothing of it is left there; make space, or "
+            "choose another folder with --output."
+        ) from None
+    finally:
+        for staging in stagings:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _plan(
+    base: Path, adapter: Path, dtype: torch.dtype, form: tuple[Quantization, torch.dtype] | None
+) -> tuple[list[Output], bool]:
+    model = skeleton(base)
+    quantized = {}
+    if form is not None:
+        from persona.merging.four_bits import held_in_4_bits
+
+        quantized = held_in_4_bits(model, *form)
+    read = read_adapter(adapter, model, base)
+    changes = {name: [*quantized.get(name, []), *read.changes.get(name, [])] for name in {**quantized, **read.changes}}
+    plan = outputs(stored_tensors(base), skeleton(base), replace(read, changes=changes), dtype, base)
+    return plan, bool(read.untied)
+
+
+def _check_paths(base: Path, adapter: Path, output: Path) -> None:
+    folder, another = output.resolve(), "choose another folder with --output."
+    for source in (base, adapter):
+        if folder == source.resolve() or source.resolve() in folder.parents:
+            raise UsageError(f"The output {output} lies in the input {source}; {another}")
+        if folder in source.resolve().parents:
+            raise UsageError(f"The output {output} would replace the folder that holds the input {source}; {another}")
+    for path in (folder, *folder.parents):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise UsageError(f"The output {output} cannot be a folder, since {path} is a file; {another}")
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"The output {output} is the current folder or holds it; {another}")
+    found = sorted(path.name for path in folder.iterdir()) if os.path.isdir(folder) else []
+    strange = [name for name in found if name not in _OWN_FILES and not _OWN_WEIGHTS.fullmatch(name)]
+    if strange:
+        names = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
+        raise UsageError(f"{output} would be replaced, but holds what no merge wrote: {names}. Move it, or {another}")
+    if found and CARD not in found:
+        raise UsageError(f"{output} exists and is no merged model of ours (no {CARD}); remove it, or {another}")
+
+
+def _check_space(plan: Sequence[Output], folder: Path, times: int) -> None:
+    there = next(path for path in folder.parents if os.path.isdir(path))
+    needed, free = times * (sum(tensor.size for tensor in plan) + _REST_BYTES), shutil.disk_usage(there).free
+    if needed > free:
+        kept = " The model that is there is kept until the new one is whole." if os.path.isdir(folder) else ""
+        raise EnvironmentFault(
+            f"The merged model needs {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free.{kept} Nothing "
+            "was written; make space, or choose a folder on another disk with --output."
+        )
+
+
+@dataclass
+class _Tally:
+    changed: int = 0
+    largest: float = 0.0
+    beyond: int = 0
+    beyond_in: str = ""
+    broken: str = ""
+
+
+def _write_weights(plan: Sequence[Output], folder: Path, shard_bytes: int, dtype: torch.dtype) -> MergeReport:
+    files = shards(plan, shard_bytes)
+    tally = _Tally()
+    threads = torch.get_num_threads()
+    # more of them wait for each other at every block: 9 s of processor time instead of 0.5 s for the embedded model
+    torch.set_num_threads(1)
+    try:
+        for file_name, tensors in files.items():
+            with (folder / file_name).open("wb", buffering=0) as file:
+                file.write(header([(tensor.name, tensor.dtype, tensor.source.shape) for tensor in tensors]))
+                for tensor in tensors:
+                    _write_tensor(tensor, file, tally)
+    finally:
+        torch.set_num_threads(threads)
+    if tally.broken:
+        raise DataError(f"{tally.broken} is not finite: the base already is. Copy or download it again completely.")
+    if tally.beyond:
+        advice = (
+            "" if dtype == torch.bfloat16 else ' Use --set export.dtype="bfloat16", whose range is that of float32.'
+        )
+        raise DataError(
+            f"{tally.beyond} merged numbers are outside the range of {str(dtype).removeprefix('torch.')}, the first "
+            f"in {tally.beyond_in}.{advice} Nothing was written."
+        )
+    if not tally.changed:
+        raise DataError(
+            f"The adapter changes nothing: rounded to {dtype}, every weight is that of the base. Was it trained? "
+            "Nothing was written."
+        )
+    if len(files) > 1:
+        total = sum(tensor.size for tensor in plan)
+        places = {tensor.name: file_name for file_name, tensors in files.items() for tensor in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
+    return MergeReport(folder, len(plan), tally.changed, tally.largest, len(files), False, False)
+
+
+def _write_tensor(tensor: Output, file: IO[bytes], tally: _Tally) -> None:
+    """Append one tensor of the merged model; once a number was out of range they are only counted."""
+    changed = False
+    for start, stored in tensor.source.blocks(any(change.whole for change in tensor.changes)):
+        if not stored.dtype.is_floating_point:
+            write(file, stored)
+            continue
+        merged = stored.to(torch.float32, copy=bool(tensor.changes))
+        for change in tensor.changes:
+            merged = change.apply(merged, tensor.first_row + start)
+        rounded = merged.to(tensor.dtype)
+        low, high = map(float, merged.aminmax())
+        if not -torch.finfo(tensor.dtype).max <= low <= high <= torch.finfo(tensor.dtype).max:  # also where one is NaN
+            if not torch.isfinite(stored).all():
+                tally.broken = tally.broken or tensor.name
+            elif beyond := int((~torch.isfinite(rounded)).sum()):
+                tally.beyond += beyond
+                tally.beyond_in = tally.beyond_in or tensor.name
+        changed = changed or bool(tensor.changes) and not torch.equal(rounded, stored.to(tensor.dtype))
+        if not tally.beyond:
+            write(file, rounded)
+        if tensor.changes:  # in place, as it is written; another block of memory would take longer than the sum
+            least, most = merged.sub_(stored).aminmax()
+            tally.largest = max(tally.largest, -least.item(), most.item())
+    tally.changed += changed
+
+
+def _write_rest(
+    base: Path, adapter: Path, folder: Path, dtype: torch.dtype, card: PersonaCard | None, untied: bool
+) -> None:
+    """Configuration, tokenizer, chat template and generation configuration with every token that ends a reply."""
+    from datetime import date
+
+    from transformers import AutoConfig, GenerationConfig
+
+    from persona.modeling import load_tokenizer
+    from persona.render import chat_format
+
+    config = read_json_object(base / "config.json")
+    config.pop("torch_dtype", None)
+    if untied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"]["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    template = adapter / "chat_template.jinja"
+    day = date.fromisoformat(card.date) if card is not None else date.today()
+    tokenizer = load_tokenizer(base, str(template) if template.is_file() else None, day)
+    copy_tokenizer(base, folder, tokenizer.chat_template)
+    name = "generation_config.json"
+    if (base / name).is_file():
+        generation = read_json_object(base / name)
+    else:
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_diff_dict()
+    own = generation.get("eos_token_id")
+    ends = [chat_format(tokenizer).end_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    # not by transformers, which refuses to save what it loads: that of Llama 2, for one
+    write_json(folder / name, generation | {"eos_token_id": sorted({i for i in ends if i is not None})})
+    if card is not None:
+        write_json(folder / CARD, asdict(card))
