@@ -147,9 +147,8 @@ def _has_system_role(tokenizer: Any) -> bool:
 
 
 def _injected_system(tokenizer: Any) -> str | None:
-    question = [{"role": "user", "content": _QUESTION}]
-    with_system = _apply(tokenizer, [{"role": "system", "content": _SYSTEM}, *question], True)
-    without = _apply(tokenizer, question, True)
+    with_system = _apply(tokenizer, [{"role": "system", "content": _SYSTEM}, *_ASKED], True)
+    without = _apply(tokenizer, _ASKED, True)
     head = with_system.partition(_SYSTEM)[0]
     tail_of_system = with_system.partition(_SYSTEM)[2].partition(_QUESTION)[0]
     body, found, _ = without.removeprefix(head).partition(tail_of_system)
@@ -212,6 +211,11 @@ def _is_marked(text: str, fmt: ChatFormat) -> bool:
     return fmt.typed.search(text) is not None or not (text.isascii() or _PRIVATE_USE.search(text) is None)
 
 
+def prompt_text(messages: Sequence[Message], fmt: ChatFormat) -> str:
+    """The text that chat feeds the model before it replies to `messages`; raises `UsageError` where it is refused."""
+    return _apply(fmt.tokenizer, _folded(messages, fmt.fold_system), True) + fmt.opening
+
+
 def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
     """The ids that chat feeds the model before it replies to `messages`, which end with a user turn.
 
@@ -255,8 +259,7 @@ def as_written(reply: str, fmt: ChatFormat) -> str:
     if reply == reply.strip():
         return reply
     text = _apply(fmt.tokenizer, [*_ASKED, _said(reply)], False)
-    before, after = fmt.frame
-    return text.removeprefix(before).removesuffix(after)
+    return text.removeprefix(fmt.frame[0]).removesuffix(fmt.frame[1])
 
 
 def fit(messages: Sequence[Message], fmt: ChatFormat, limit: int) -> tuple[list[int], int]:

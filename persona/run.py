@@ -249,10 +249,12 @@ def _finish(
     base, day = identity["base"], material.day.isoformat()
     card = PersonaCard(base["name"], base["fingerprint"], material.system, day)
     note = "The base model's licence applies to this adapter too; read it before you publish."
-    text = model_card(card, run.name, facts, note)
+    counts = {"data": _counts(material)}
+    text = model_card(card, run.name, counts | facts, note)
     adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, card, text)
     findings = of_training(read_history(run), material.held_out.supervised, trainer.per_epoch)
-    write_json(run / "run.json", identity | {"summary": facts, "verdict": [asdict(finding) for finding in findings]})
+    said = [asdict(finding) for finding in findings]
+    write_json(run / "run.json", identity | {"counts": counts, "summary": facts, "verdict": said})
     report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
     question = _question(material)
@@ -262,6 +264,15 @@ def _finish(
     report(f"Verdict:\n{as_text(findings)}\n")
     report(next_commands(run))
     return adapter
+
+
+def _counts(material: Material) -> str:
+    """How much was learned from, for a model card: numbers alone."""
+    train, held_out = material.train, material.held_out
+    return (
+        f"{len(train.conversations)} conversations with {len(train.examples)} replies ({train.supervised} tokens) "
+        f"learned, {len(held_out.conversations)} held out"
+    )
 
 
 def _speak_once(material: Material, trainer: Trainer, card: PersonaCard, question: list[Message]) -> str:

@@ -60,6 +60,13 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".old-{folder.name}")
 
 
+def publish_file(staging: Path, path: Path) -> None:
+    """Flush the file `staging` to the disk and give it its final name, replacing an earlier file of that name."""
+    _flush(staging)
+    staging.replace(path)
+    _flush(path.parent)
+
+
 def _flush(path: Path) -> None:
     if path.is_dir() and sys.platform == "win32":
         return  # Windows has no handle on a folder that could be flushed
@@ -79,8 +86,7 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 with Unix line ends, whole or not at all."""
     staging = path.with_name(f".{path.name}.staging")
     staging.write_text(text, encoding="utf-8", newline="\n")
-    _flush(staging)
-    staging.replace(path)
+    publish_file(staging, path)
 
 
 def fault_in(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ LAYERS = (
     ("errors", "foreign_names", "config", "records", "console", "history", "verdict", "curves"),
     ("convert", "tokens", "render", "style", "copying"),
     ("folders", "hub", "sources", "offsets", "storage", "artifacts", "dataset", "plan")
-    + ("attention", "packing", "fused", "loss", "modeling", "merging"),
+    + ("attention", "packing", "fused", "loss", "modeling", "merging", "export"),
     ("devices", "launch", "sharing", "sharding", "optimizers", "checkpoints", "identity", "metrics", "run_folder")
     + ("signals", "samples", "training", "overview", "generation", "decoding", "replies", "chat", "evaluation", "run"),
 )

@@ -1,0 +1,153 @@
+"""The files that other programs load, as asked for on the command line: checked before the work, then written."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from persona.artifacts import read_card
+from persona.config import Config
+from persona.console import safe, table
+from persona.dataset import read_system_prompt
+from persona.errors import UsageError
+from persona.export.character_card import character_card, macros_in
+from persona.export.gguf_export import check_output, convert_adapter, convert_model, plain_lora
+from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, OUTTYPES, check_checkout, check_model
+from persona.export.modelfile import modelfile
+from persona.modeling import load_tokenizer
+from persona.records import read_records
+from persona.render import ChatFormat, chat_format
+from persona.storage import write_json, write_text
+
+_OURS = "# Written by merge_lora_to_fp16.py; "
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The files asked for; None for those that are not."""
+
+    gguf: Path | None = None
+    outtype: str = OUTTYPES[0]
+    gguf_adapter: Path | None = None
+    llama_cpp: Path | None = None
+    character_card: Path | None = None
+    character: str | None = None
+    greeting: str = ""
+    examples: int = 0
+    """Conversations of the training data to put into the card."""
+
+
+def spoken_format(base: Path, adapter: Path) -> ChatFormat:
+    """How the tuned model is spoken to: the base's tokenizer with the chat template that lies beside the adapter."""
+    card = read_card(adapter)
+    template = adapter / "chat_template.jinja"
+    day = date.fromisoformat(card.date) if card is not None else date.today()
+    return chat_format(load_tokenizer(base, str(template) if template.is_file() else None, day))
+
+
+def check_wanted(wanted: Wanted, base: Path, adapter: Path, merged: Path | None, fmt: ChatFormat) -> None:
+    """Raise `UsageError` for what would fail later, when hours of work are done. `merged` is the folder to be made."""
+    outputs = [path for path in (wanted.gguf, wanted.gguf_adapter) if path is not None]
+    if outputs and wanted.llama_cpp is None:
+        raise UsageError("--gguf and --gguf-adapter need --llama-cpp DIR, the folder of llama.cpp's source.")
+    if wanted.gguf and wanted.gguf_adapter and wanted.gguf.resolve() == wanted.gguf_adapter.resolve():
+        raise UsageError(f"--gguf and --gguf-adapter name the same file, {wanted.gguf}.")
+    for path in outputs:
+        check_output(path, [base, adapter, *([merged] if merged is not None else [])])
+        _check_ours(path.with_suffix(".Modelfile"))
+    if wanted.gguf and wanted.llama_cpp:
+        check_checkout(wanted.llama_cpp, MODEL_SCRIPT)
+        check_model(base, fmt.tokenizer, wanted.llama_cpp.expanduser())
+    if wanted.gguf_adapter and wanted.llama_cpp:
+        check_checkout(wanted.llama_cpp, ADAPTER_SCRIPT)
+        plain_lora(adapter)
+    if wanted.character_card is not None and wanted.character_card.suffix != ".json":
+        raise UsageError(f"{wanted.character_card}: a character card is named NAME.json.")
+
+
+def _check_ours(path: Path) -> None:
+    if os.path.exists(path) and not path.read_text(encoding="utf-8", errors="replace").startswith(_OURS):
+        raise UsageError(f"{path} is there and was not written by this script; move it, or name another GGUF file.")
+
+
+def write_files(
+    wanted: Wanted, merged: Path, base: Path, adapter: Path, fmt: ChatFormat, config: Config, name: str
+) -> Iterator[str]:
+    """Write what was asked for, after `check_wanted`; says of each file what was done and what to type next."""
+    if wanted.gguf and wanted.llama_cpp:
+        yield _model(wanted.gguf, wanted.llama_cpp.expanduser(), wanted.outtype, merged, adapter, fmt, config)
+    if wanted.gguf_adapter and wanted.llama_cpp:
+        yield _adapter(wanted.gguf_adapter, wanted.llama_cpp.expanduser(), base, adapter, fmt, config)
+    if wanted.character_card:
+        yield _character_card(wanted, wanted.character_card, adapter, config, name)
+
+
+def _model(
+    output: Path, llama_cpp: Path, outtype: str, merged: Path, adapter: Path, fmt: ChatFormat, config: Config
+) -> str:
+    made = convert_model(merged, output, llama_cpp, outtype, fmt, output.stem)
+    report, notes = made.report, list(made.changes)
+    if report.as_sets:
+        notes.append(
+            f"of {report.as_sets} tensors only the sorted numbers were compared: how llama.cpp arranges a "
+            f"{report.architecture} is not known here"
+        )
+    said = (
+        f"Written {output} ({report.architecture}, {report.type_name}): all {report.tensors} tensors, vocabulary, end "
+        f"tokens and chat template are those of {merged}; largest rounding {report.largest_error:.1e}."
+    )
+    notes += _modelfile(output, [f"FROM ./{output.name}"], fmt, made.adds_bos, adapter, config)
+    return _told(said, notes, output, f"-m {output.as_posix()}")
+
+
+def _adapter(output: Path, llama_cpp: Path, base: Path, adapter: Path, fmt: ChatFormat, config: Config) -> str:
+    tensors = convert_adapter(adapter, base, output, llama_cpp)
+    card, tokenizer = read_card(adapter), fmt.tokenizer
+    name = card.base_name if card is not None else base.name
+    base_file = output.with_name(name.rpartition("/")[2].removesuffix(".gguf") + ".gguf")
+    said = (
+        f"Written {output}: the adapter alone, all {tensors} matrices compared. It belongs on a GGUF file of its base; "
+        f"make that one with\n  python {llama_cpp / MODEL_SCRIPT} {base} --outfile {base_file} --outtype f16"
+    )
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    start = [f"FROM ./{base_file.name}", f"ADAPTER ./{output.name}"]
+    notes = _modelfile(output, start, fmt, adds_bos, adapter, config)
+    return _told(said, notes, output, f"-m {base_file.as_posix()} --lora {output.as_posix()}")
+
+
+def _modelfile(
+    gguf: Path, start: list[str], fmt: ChatFormat, adds_bos: bool, adapter: Path, config: Config
+) -> list[str]:
+    """Write the Modelfile beside `gguf` and return what a person should know of it."""
+    card, path = read_card(adapter), gguf.with_suffix(".Modelfile")
+    system = card.system_prompt if card is not None else None
+    made = modelfile(start, fmt, adds_bos, system, config.generation, config.data.max_length)
+    write_text(path, f"{_OURS}ollama create {gguf.stem.lower()} -f {path.name}\n{made.text}")
+    return made.notes
+
+
+def _told(said: str, notes: list[str], gguf: Path, options: str) -> str:
+    commands = [
+        ("Ollama", f"ollama create {gguf.stem.lower()} -f {gguf.with_suffix('.Modelfile').as_posix()}"),
+        ("llama.cpp", f"llama-server {options} --jinja"),
+    ]
+    return "\n".join([said, *(f"Note: {note}." for note in notes), table(commands)])
+
+
+def _character_card(wanted: Wanted, output: Path, adapter: Path, config: Config, name: str) -> str:
+    card, character = read_card(adapter), wanted.character or name
+    system = card.system_prompt if card is not None else None
+    greeting = read_system_prompt(wanted.greeting, "--greeting") or ""
+    records = read_records(Path(config.data.train_file)) if wanted.examples else []
+    dialogues = [record.turns for record in records if record.meta.get("type", "dialogue") == "dialogue"]
+    examples = dialogues[: wanted.examples]
+    write_json(output, character_card(character, system, greeting, examples, name))
+    lines = [f"Written {output}: the character card of {safe(character)}."]
+    if examples:
+        lines.append(f"Note: it holds {len(examples)} conversations of the training data; who has it can read them.")
+    if system is None:
+        lines.append("Note: this adapter has no system prompt, so the card has none.")
+    if macros_in(system or "", greeting):
+        lines.append("Note: front ends will replace what looks like a macro in it, as {{user}}; training did not.")
+    return "\n".join(lines)
