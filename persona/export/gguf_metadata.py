@@ -88,8 +88,7 @@ def problems_of(fields: dict[str, Any], model: Path, fmt: ChatFormat) -> list[st
         found.append(f"no runtime would stop at token {fmt.end_id}, with which replies end")
     template = fields.get("tokenizer.chat_template")
     if template != fmt.tokenizer.chat_template:
-        what = "has none" if template is None else "has another one"
-        found.append(f"it {what} than the chat template that was trained")
+        found.append("it has no chat template" if template is None else "its chat template is not the trained one")
     return found + _vocabulary_problems(fields, fmt)
 
 

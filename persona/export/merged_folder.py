@@ -17,6 +17,7 @@ from persona.storage import ADAPTER_WEIGHTS, write_json, write_text
 _SAMPLING = {
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "penalty_alpha", "max_length", "max_new_tokens"),
+    "_from_model_config",  # with it transformers would take its settings from config.json again
 }
 LICENCE = "The base model's licence applies to this model too; read it before you publish."
 
