@@ -17,7 +17,6 @@ from persona.export.gguf_check import fields_of, open_gguf
 from persona.export.gguf_export import check_output, convert_adapter, convert_model
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_model, run_converter
 from persona.folders import read_json_object
-from persona.modeling import add_adapter
 from persona.render import chat_format
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,22 +176,27 @@ def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, 
 # --- the adapter alone ------------------------------------------------------------------------------------------------
 
 
+def trained(model, folder, **settings):
+    """An adapter on the tiny model, with matrices that are other than zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=layers, **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, model):
     """An adapter on the tiny model whose matrices are both other than zero."""
-    from transformers import AutoModelForCausalLM
-
-    from persona.config import Lora
-
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = add_adapter(base, Lora(r=4, lora_alpha=12), 0, "tiny")
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    folder = tmp_path_factory.mktemp("adapter")
-    adapted.save_pretrained(folder)
-    return folder
+    return trained(model, tmp_path_factory.mktemp("adapter"))
 
 
 def test_an_adapter_is_converted_alone(toy, adapter, model, checkout, tmp_path):
@@ -220,11 +224,29 @@ def test_an_adapter_file_that_is_another_one_is_refused(toy, adapter, model, che
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"peft_type": "LOHA"}]
-)
-def test_an_adapter_that_is_more_than_lora_is_refused(adapter, model, checkout, tmp_path, kind):
-    other = changed(adapter, tmp_path / "other", **kind)
+def test_ranks_and_alphas_of_single_layers_are_kept(toy, model, checkout, tmp_path):
+    own = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 30.0, "layers.1.mlp.up_proj": 7}}
+    patterned = trained(model, tmp_path / "patterned", **own)
+    toy()
+    convert_adapter(patterned, model, tmp_path / "a.gguf", checkout)
+    reader = open_gguf(tmp_path / "a.gguf")
+    alpha = fields_of(reader)["adapter.lora.alpha"]
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    weights = load_file(patterned / "adapter_model.safetensors")
+    for layer, name, scaling in (
+        ("model.layers.0.self_attn.v_proj", "blk.0.attn_v", 30 / 4),
+        ("model.layers.1.mlp.up_proj", "blk.1.ffn_up", 7 / 4),
+        ("model.layers.1.mlp.down_proj", "blk.1.ffn_down", 12 / 4),
+    ):
+        a, b = (found[f"{name}.weight.lora_{half}"] for half in "ab")
+        own_a, own_b = (weights[f"base_model.model.{layer}.lora_{half}.weight"] for half in "AB")
+        torch.testing.assert_close(alpha / len(a) * b @ a, scaling * own_b @ own_a)
+    assert found["blk.0.attn_q.weight.lora_a"].shape[0] == 2
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_that_is_more_than_lora_is_refused(model, checkout, tmp_path, kind):
+    other = trained(model, tmp_path / "other", **kind)
     with pytest.raises(UsageError, match="Merge it"):
         convert_adapter(other, model, tmp_path / "a.gguf", checkout)
 

@@ -61,7 +61,7 @@ def check_wanted(wanted: Wanted, base: Path, adapter: Path, merged: Path | None,
         check_model(base, fmt.tokenizer, wanted.llama_cpp.expanduser())
     if wanted.gguf_adapter and wanted.llama_cpp:
         check_checkout(wanted.llama_cpp, ADAPTER_SCRIPT)
-        plain_lora(adapter)
+        plain_lora(adapter, base)
     if wanted.character_card is not None and wanted.character_card.suffix != ".json":
         raise UsageError(f"{wanted.character_card}: a character card is named NAME.json.")
 

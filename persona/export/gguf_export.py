@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from persona.errors import DataError, EnvironmentFault, UsageError
 from persona.export.gguf_check import (
@@ -26,6 +26,9 @@ from persona.export.gguf_check import (
 from persona.export.gguf_metadata import adds_bos, check_metadata, settle
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_space, run_converter
 from persona.folders import read_config, read_json_object, tensor_index
+from persona.merging.adapter import PREFIX, read_adapter
+from persona.merging.changes import LowRank
+from persona.merging.layout import skeleton
 from persona.render import ChatFormat
 from persona.storage import ADAPTER_WEIGHTS, publish_file, write_json
 
@@ -82,36 +85,39 @@ def convert_adapter(adapter: Path, base: Path, output: Path, llama_cpp: Path) ->
     Raises `UsageError` for an adapter that is more than LoRA, which llama.cpp cannot hold.
     """
     script = check_checkout(llama_cpp, ADAPTER_SCRIPT)
-    weights, alpha = plain_lora(adapter)
+    weights, alpha = plain_lora(adapter, base)
     check_space(output, sum(tensor.numel() for tensor in weights.values()), "f32")
     with _staged(output) as staging, _scratch(output.parent) as folder:
         save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = read_json_object(adapter / "adapter_config.json")
-        plain = {"lora_alpha": alpha, "use_rslora": False, "base_model_name_or_path": None}
-        write_json(folder / "adapter_config.json", config | plain)
+        write_json(folder / "adapter_config.json", {"peft_type": "LORA", "lora_alpha": alpha})
         run_converter(script, [folder, "--base", base, "--outfile", staging, "--outtype", "f32"])
         with _blamed_on(script):
             _compare_adapter(staging, weights, alpha, base)
     return len(weights)
 
 
-def plain_lora(adapter: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """The matrices by PEFT's names and the alpha with which llama.cpp, which divides it by the rank, scales them right.
+def plain_lora(adapter: Path, base: Path) -> tuple[dict[str, torch.Tensor], float]:
+    """The matrices A and B of each changed weight of `base`, by PEFT's names, and the alpha that scales all of them.
 
+    llama.cpp divides one alpha by the rank; ranks, alphas and scalings of single layers are multiplied into their B.
     Raises `UsageError` naming what in the adapter is more than that.
     """
-    config = read_json_object(adapter / "adapter_config.json")
-    kinds = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
-    odd = [key for key in kinds if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
-    weights = load_file(adapter / ADAPTER_WEIGHTS)
-    odd += [name for name in weights if not name.endswith((".lora_A.weight", ".lora_B.weight"))][:2]
-    if config.get("peft_type") != "LORA" or odd:
-        raise UsageError(
-            f"{adapter} has more than LoRA matrices ({', '.join(odd) or config.get('peft_type')}), which an adapter "
-            "for llama.cpp cannot hold. Merge it, and convert the whole model with --gguf."
-        )
-    alpha, rank = float(config["lora_alpha"]), int(config["r"])
-    return weights, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    changes = read_adapter(adapter, skeleton(base), base).changes
+    matrices, alpha, weights = {}, 0.0, dict[str, torch.Tensor]()
+    for name, found in changes.items():
+        change = found[0]
+        if len(found) > 1 or not isinstance(change, LowRank) or change.left.dim() != 2 or "embed" in name:
+            raise UsageError(
+                f"{adapter} changes {name} otherwise than by a pair of LoRA matrices, which an adapter for llama.cpp "
+                "cannot hold. Merge it, and convert the whole model with --gguf."
+            )
+        matrices[f"{PREFIX}{name.removesuffix('.weight')}"] = change
+    for layer, change in matrices.items():
+        own = change.scaling * change.right.shape[0]
+        alpha = alpha or own
+        weights[f"{layer}.lora_A.weight"] = change.right.float().contiguous()
+        weights[f"{layer}.lora_B.weight"] = (change.left.float() * (own / alpha)).contiguous()
+    return weights, alpha
 
 
 def _compare_adapter(path: Path, weights: dict[str, torch.Tensor], alpha: float, base: Path) -> None:
@@ -125,13 +131,15 @@ def _compare_adapter(path: Path, weights: dict[str, torch.Tensor], alpha: float,
     if not math.isclose(fields.get("adapter.lora.alpha", 0), alpha, rel_tol=1e-6):
         problems.append(f"alpha is {fields.get('adapter.lora.alpha')}, not {alpha}")
     for name, weight in weights.items():
-        plain = name.removeprefix("base_model.model.")
+        plain = name.removeprefix(PREFIX)
         half = "a" if plain.endswith(".lora_A.weight") else "b"
         tensor = f"{plain[: -len('.lora_A.weight')]}.weight"
         target = f"{names.get_name(tensor, try_suffixes=('.weight',))}.lora_{half}"
-        expected = weight.float()
-        if half == "b" and arrangement(tensor, str(config.get("model_type")), config) == "permuted":
+        expected, arranged = weight, arrangement(tensor, str(config.get("model_type")), config)
+        if half == "b" and arranged == "permuted":
             expected = permuted(expected, tensor, config)
+        if arranged == "transposed":  # (B A)^T = A^T B^T
+            target, expected = f"{target[:-1]}{'ab'[half == 'a']}", expected.T
         found = stored.pop(target, None)
         if found is None or not np.array_equal(found.data.reshape(expected.shape), expected.numpy()):
             problems.append(f"{plain} {'is missing' if found is None else 'has other values'}")

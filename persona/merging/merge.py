@@ -23,7 +23,8 @@ from persona.merging.layout import Output, outputs, shards, skeleton
 from persona.merging.tensors import header, stored_tensors, write
 from persona.storage import publish, recover, write_json
 
-_OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", CARD, *TOKENIZER_FILES}
+_OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", "README.md", "run.json", CARD}
+_OWN_FILES |= {*TOKENIZER_FILES}
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _REST_BYTES = 64 * 2**20  # tokenizer and settings: the largest tokenizer.json known has 34 MB
 
@@ -59,11 +60,13 @@ def merge(
     shard_bytes: int,
     check: Check | None = None,
     held: Sequence[tuple[Quantization, torch.dtype] | None] = (None,),
+    complete: Callable[[Path], None] = lambda folder: None,
 ) -> MergeReport:
     """Write `output`, complete and passed by `check`, or not at all; one that is there stays until then.
 
     `held` are the forms of the base to merge into: None is its own weights, a quantization and compute type those
-    that training in 4 bits saw. Of several the one whose loss `check` finds lowest is kept.
+    that training in 4 bits saw. Of several the one whose loss `check` finds lowest is kept. `complete` adds files of
+    its own to a merged folder before that.
 
     Raises `UsageError` when adapter and base do not belong together or `output` holds something else, `DataError` for
     numbers that cannot be written, and `EnvironmentFault` when the disk is full.
@@ -85,6 +88,7 @@ def merge(
             report = replace(_write_weights(plan, staging, shard_bytes, dtype), folder=output, untied=untied,
                              verified_base=card is not None, held=form[0] if form is not None else None)  # fmt: skip
             _write_rest(base, adapter, staging, dtype, card, untied)
+            complete(staging)
             loss = check(staging, report.held) if check is not None else 0.0
             if best is None or loss < best[0]:
                 best = (loss, staging, report)
