@@ -51,13 +51,17 @@ def set_aside(run: Path, report: Callable[[str], None]) -> None:
     report(f"The earlier run was set aside as {target}.")
 
 
+def quoted(path: Path) -> str:
+    """`path` as it has to be typed in a command."""
+    name = path.as_posix()
+    if os.name != "nt":
+        return shlex.quote(name)
+    return f'"{name}"' if " " in name else name
+
+
 def next_commands(run: Path) -> str:
     """What to type after a run, ready to copy."""
-    name = run.as_posix()
-    if os.name != "nt":
-        name = shlex.quote(name)
-    elif " " in name:
-        name = f'"{name}"'
+    name = quoted(run)
     commands = [
         ("talk to it", f"python test_model.py {name}"),
         ("see how it learned", f"python plot_loss.py {name}"),

@@ -58,7 +58,7 @@ def test_from_raw_lines_to_a_merged_model(folder, tiny_model, monkeypatch, capsy
     run(monkeypatch, plot_loss, "outputs/守灯人 1", "--save_path", "图/曲线.png")
     assert (folder / "图" / "曲线.png").is_file()
     run(monkeypatch, merge_lora_to_fp16, "outputs/守灯人 1")
-    assert "--outfile" in capsys.readouterr().out
+    assert "--gguf" in capsys.readouterr().out
     run(monkeypatch, talk, "merged/守灯人 1", "--config", "run.json", "--prompt", "Who are you?", "--load-in-4bit")
     assert (folder / "merged" / "守灯人 1" / "model.safetensors").is_file()
 

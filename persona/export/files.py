@@ -46,15 +46,15 @@ def spoken_format(base: Path, adapter: Path) -> ChatFormat:
     return chat_format(load_tokenizer(base, str(template) if template.is_file() else None, day))
 
 
-def check_wanted(wanted: Wanted, base: Path, adapter: Path, merged: Path | None, fmt: ChatFormat) -> None:
-    """Raise `UsageError` for what would fail later, when hours of work are done. `merged` is the folder to be made."""
+def check_wanted(wanted: Wanted, base: Path, adapter: Path, merged: Path, fmt: ChatFormat, train_file: str) -> None:
+    """Raise `UsageError` for what would fail later, when the model is merged. `merged` is the folder to be made."""
     outputs = [path for path in (wanted.gguf, wanted.gguf_adapter) if path is not None]
     if outputs and wanted.llama_cpp is None:
         raise UsageError("--gguf and --gguf-adapter need --llama-cpp DIR, the folder of llama.cpp's source.")
     if wanted.gguf and wanted.gguf_adapter and wanted.gguf.resolve() == wanted.gguf_adapter.resolve():
         raise UsageError(f"--gguf and --gguf-adapter name the same file, {wanted.gguf}.")
     for path in outputs:
-        check_output(path, [base, adapter, *([merged] if merged is not None else [])])
+        check_output(path, [base, adapter, merged])
         _check_ours(path.with_suffix(".Modelfile"))
     if wanted.gguf and wanted.llama_cpp:
         check_checkout(wanted.llama_cpp, MODEL_SCRIPT)
@@ -64,6 +64,12 @@ def check_wanted(wanted: Wanted, base: Path, adapter: Path, merged: Path | None,
         plain_lora(adapter, base)
     if wanted.character_card is not None and wanted.character_card.suffix != ".json":
         raise UsageError(f"{wanted.character_card}: a character card is named NAME.json.")
+    read_system_prompt(wanted.greeting, "--greeting")
+    if wanted.examples and not Path(train_file).is_file():
+        raise UsageError(
+            f"--examples: the training data of this run, {train_file}, is not there. Run this in the folder in which "
+            "you trained, or name the file with --set data.train_file=FILE."
+        )
 
 
 def _check_ours(path: Path) -> None:
