@@ -2,12 +2,17 @@
 
 python merge_lora_to_fp16.py
 python merge_lora_to_fp16.py outputs/mine --output merged/mine
+python merge_lora_to_fp16.py outputs/mine --gguf mine.gguf --llama-cpp ../llama.cpp --outtype q8_0
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from persona.console import run_script
+
+if TYPE_CHECKING:
+    from persona.config import Config
 
 
 def main() -> None:
@@ -27,15 +32,27 @@ def main() -> None:
         help="of an adapter trained in 4 bits: merge into the original weights and into those that training saw, "
         "measure both on the held-out file, and keep the better",
     )
+    files = parser.add_argument_group("files for other programs (docs/export.md)")
+    files.add_argument("--gguf", type=Path, metavar="OUT.gguf", help="the merged model as GGUF, with a Modelfile")
+    files.add_argument("--outtype", default="f16", choices=["f16", "bf16", "q8_0"], help="its weights (default: f16)")
+    files.add_argument(
+        "--gguf-adapter", type=Path, metavar="OUT.gguf", help="the adapter alone as GGUF; alone nothing is merged"
+    )
+    files.add_argument("--llama-cpp", type=Path, metavar="DIR", help="llama.cpp's source folder, which converts them")
+    files.add_argument("--character-card", type=Path, metavar="OUT.json", help="a character card V2; alone likewise")
+    files.add_argument("--character", metavar="NAME", help="the name on it (default: that of the run)")
+    files.add_argument("--greeting", default="", metavar="TEXT", help="its first message: TEXT or @FILE")
+    files.add_argument("--examples", type=int, default=0, metavar="N", help="put N training conversations into it")
     args = parser.parse_args()
     if args.no_verify and args.compare_bases:
         parser.error("--compare-bases measures both; it cannot go with --no-verify")
 
     from persona.artifacts import adapter_folder, merged_name, run_settings
-    from persona.errors import EnvironmentFault, UsageError
+    from persona.errors import UsageError
 
     config = run_settings(args.adapter, args.config, args.set)
-    adapter = adapter_folder(Path(args.adapter or config.training.output_dir).expanduser())
+    given = Path(args.adapter or config.training.output_dir)
+    adapter = adapter_folder(given.expanduser())
     own_run = (adapter.resolve().parent / "config.json").is_file()
     if args.compare_bases and not (own_run and config.quantization.load_in_4bit):
         raise UsageError(f"--compare-bases: {adapter} was not trained in 4 bits, as far as its run says; leave it out.")
@@ -44,13 +61,35 @@ def main() -> None:
 
     base = resolve_model(config.model.name_or_path)
 
-    import torch
-
-    from persona.merging.merge import merge
-    from persona.merging.verify import prepare, trained_in
+    from persona.export import files as export
+    from persona.run_folder import quoted
 
     name = merged_name(adapter)
     output = args.output or Path("merged") / name
+    wanted = export.Wanted.of(args)
+    fmt = export.spoken_format(base, adapter)
+    export.check_wanted(wanted, base, adapter, output, fmt, config.data.train_file)
+    if args.output or args.gguf or not (args.gguf_adapter or args.character_card):
+        merge_and_verify(args, config, base, adapter, output, own_run)
+        print(f"\nNext:\n  python test_model.py {quoted(output)}")
+        to_gguf = f"--gguf {quoted(Path(f'{name}.gguf'))} --llama-cpp llama.cpp"
+        print(f"  python merge_lora_to_fp16.py {quoted(given)} {to_gguf}", flush=True)
+    for said in export.write_files(wanted, output, base, adapter, fmt, config, name):
+        print(said, flush=True)
+
+
+def merge_and_verify(
+    args: argparse.Namespace, config: "Config", base: Path, adapter: Path, output: Path, own_run: bool
+) -> None:
+    """Merge as the options say, and print what was done."""
+    import torch
+
+    from persona.artifacts import merged_name, read_card
+    from persona.errors import EnvironmentFault
+    from persona.export.merged_folder import describe_merged
+    from persona.merging.merge import merge
+    from persona.merging.verify import prepare, trained_in
+
     dtype = getattr(torch, config.export.dtype)
     check = None if args.no_verify else prepare(base, adapter, config.data if own_run else None, dtype, print)
     skipped = (
@@ -59,7 +98,9 @@ def main() -> None:
     if args.compare_bases and check is None:
         raise EnvironmentFault("--compare-bases: there is not enough free memory to compute the model; leave it out.")
     held = (None, (config.quantization, trained_in(adapter))) if args.compare_bases else (None,)
-    report = merge(base, adapter, output, dtype, round(config.export.max_shard_size_gb * 1e9), check, held)
+    title, card, kind = merged_name(adapter), read_card(adapter), config.export.dtype
+    report = merge(base, adapter, output, dtype, round(config.export.max_shard_size_gb * 1e9), check, held,
+        lambda folder: describe_merged(folder, adapter, title, card, config.generation, kind))  # fmt: skip
     if check is None:
         why = "--no-verify" if args.no_verify else "not enough free memory to compute the model, even in 16 bits"
         print(f"Not verified ({why}): {skipped}.")
@@ -71,10 +112,7 @@ def main() -> None:
     print(
         f"Merged {adapter} into {config.model.name_or_path}: {report.changed} of {report.tensors} tensors changed, all "
         f"finite, largest change {report.largest_change:.4f}; {config.export.dtype} in {report.shards} file(s).\n"
-        f"{'' if report.verified_base else unknown}{untied if report.untied else ''}Written to {report.folder}\n\n"
-        "Next:\n"
-        f"  python test_model.py {report.folder.as_posix()}\n"
-        f"  python llama.cpp/convert_hf_to_gguf.py {report.folder.as_posix()} --outfile {name}.gguf --outtype f16"
+        f"{'' if report.verified_base else unknown}{untied if report.untied else ''}Written to {report.folder}"
     )
 
 

@@ -1,8 +1,9 @@
 """The files that other programs load, as asked for on the command line: checked before the work, then written."""
 
 import os
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 
@@ -36,6 +37,11 @@ class Wanted:
     greeting: str = ""
     examples: int = 0
     """Conversations of the training data to put into the card."""
+
+    @classmethod
+    def of(cls, options: Namespace) -> "Wanted":
+        """What the command line asks for, in options of the same names."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
 
 def spoken_format(base: Path, adapter: Path) -> ChatFormat:
