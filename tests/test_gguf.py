@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import toy_converter
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, TEMPLATES, save_model, tokenizer
+from tiny import model as tiny_random_model
 
 from persona.errors import DataError, EnvironmentFault, UsageError
 from persona.export import gguf_export
@@ -17,7 +19,9 @@ from persona.export.gguf_check import fields_of, open_gguf
 from persona.export.gguf_export import check_output, convert_adapter, convert_model
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_model, run_converter
 from persona.folders import read_json_object
+from persona.modeling import load_tokenizer
 from persona.render import chat_format
+from persona.sources import EMBEDDED, cache_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,13 +180,13 @@ def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, 
 # --- the adapter alone ------------------------------------------------------------------------------------------------
 
 
-def trained(model, folder, **settings):
+def trained(model, folder, layers=None, **settings):
     """An adapter on the tiny model, with matrices that are other than zero."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    layers = layers or ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=layers, **settings))
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -370,9 +374,38 @@ def test_what_a_converter_says_is_told_with_what_to_do(tmp_path, said, says):
 # --- the real one -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_real_converters_files_are_the_model(tmp_path):
-    """With LLAMA_CPP=FOLDER, llama.cpp's source: a model with a tokenizer.model, which every version knows."""
-    source = os.environ.get("LLAMA_CPP")
-    if not source:
+@pytest.fixture(scope="module")
+def source():
+    """The user's llama.cpp."""
+    folder = os.environ.get("LLAMA_CPP")
+    if not folder:
         pytest.skip("needs llama.cpp's source: set LLAMA_CPP to its folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded model, whose tokenizer every llama.cpp knows."""
+    folder = cache_folder() / "models" / EMBEDDED
+    if not folder.is_dir():
+        pytest.skip("the embedded model is not in the cache; test_embedded.py fetches it")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "outtype"), [("llama", "q8_0"), ("qwen3", "bf16"), ("gpt2", "f16")])
+def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, tmp_path, architecture, outtype):
+    spoken = load_tokenizer(embedded, None, date(2024, 5, 1))
+    fmt = chat_format(spoken)
+    ids = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
+    made = tiny_random_model(architecture, 49152, **ids)
+    folder = tmp_path / "a model"
+    made.half().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(embedded / name, folder / name)
+    check_model(folder, spoken, source)
+    file = convert_model(folder, tmp_path / "m.gguf", source, outtype, fmt, "Tamsin")
+    assert file.report.as_sets == 0
+    layers = None if architecture != "gpt2" else ["c_attn", "c_proj", "c_fc"]
+    adapter = trained(folder, tmp_path / "adapter", layers, fan_in_fan_out=architecture == "gpt2")
+    assert convert_adapter(adapter, folder, tmp_path / "a.gguf", source) > 0
