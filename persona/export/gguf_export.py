@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ def convert_adapter(adapter: Path, base: Path, output: Path, llama_cpp: Path) ->
     script = check_checkout(llama_cpp, ADAPTER_SCRIPT)
     weights, alpha = plain_lora(adapter, base)
     check_space(output, sum(tensor.numel() for tensor in weights.values()), "f32")
-    with _staged(output) as staging, _scratch(output.parent) as folder:
+    with _staged(output) as staging, _scratch(output.with_name(f".converting-{output.stem}")) as folder:
         save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", {"peft_type": "LORA", "lora_alpha": alpha})
         run_converter(script, [folder, "--base", base, "--outfile", staging, "--outtype", "f32"])
@@ -164,9 +163,14 @@ def _staged(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _scratch(parent: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".converting-") as folder:
-        yield Path(folder)
+def _scratch(folder: Path) -> Iterator[Path]:
+    """The empty `folder`, removed at the end; one that a killed process left is emptied."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -180,7 +184,8 @@ def _as_trained(model: Path, fmt: ChatFormat) -> Iterator[Path]:
     if values.pop("chat_template", fmt.tokenizer.chat_template) == fmt.tokenizer.chat_template:
         yield model
         return
-    with _scratch(model.resolve().parent) as folder:
+    whole = model.resolve()
+    with _scratch(whole.with_name(f".converting-{whole.name}")) as folder:
         for path in model.iterdir():
             if path.is_file() and path != settings:
                 _link(path.resolve(), folder / path.name)
