@@ -358,6 +358,7 @@ def test_a_full_disk_is_known_before(convert, monkeypatch):
         ("raise NotImplementedError('BPE pre-tokenizer was not recognized')", "git pull"),
         ("print('ERROR:hf-to-gguf:Model X is not supported'); raise SystemExit(1)", "git pull"),
         ("raise FileNotFoundError('File not found: tokenizer.model')", "Copy that file from the base"),
+        ("raise ValueError('Error: Missing x/tokenizer.model')", "Copy that file from the base"),
         ("raise OSError(28, 'No space left on device')", "disk is full"),
         ("raise MemoryError", "memory was full"),
         ("raise ValueError('Can not map tensor x')", "do not fit together"),
@@ -397,8 +398,8 @@ def embedded():
 def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, tmp_path, architecture, outtype):
     spoken = load_tokenizer(embedded, None, date(2024, 5, 1))
     fmt = chat_format(spoken)
-    ids = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
-    made = tiny_random_model(architecture, 49152, **ids)
+    own = {"bos_token_id": 1, "eos_token_id": 2} | ({"n_ctx": 1024} if architecture == "gpt2" else {})
+    made = tiny_random_model(architecture, 49152, **own)
     folder = tmp_path / "a model"
     made.half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

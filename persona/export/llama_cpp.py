@@ -175,7 +175,7 @@ def _advice(script: Path, code: int, said: str) -> str:
         return f"It needs the Python package {name}: pip install {name.replace('_', '-')}"
     if "pre-tokenizer was not recognized" in said or "is not supported" in said:
         return f"It does not know this model. {_UPDATE}"
-    if re.search(r"FileNotFoundError|File not found", said) and "tokenizer.model" in said:
+    if re.search(r"([Nn]ot found|Missing).*tokenizer\.model", said):
         return (
             "It wants tokenizer.model. Copy that file from the base model's page into the base's folder and merge "
             "again; the tokenizer files travel as they are."
