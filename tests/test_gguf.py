@@ -106,7 +106,7 @@ def test_a_file_that_is_the_model_is_put_in_place(convert, model, outtype, tmp_p
     made = convert(outtype=outtype)
     assert made.path == tmp_path / "出 out.gguf"
     assert made.report.tensors == len(load_file(model / "model.safetensors"))
-    assert made.report.as_sets == 0
+    assert made.report.unknown == 0
     assert not made.adds_bos
     assert (made.report.largest_error == 0) == (outtype == "f16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["出 out.gguf"]
@@ -175,6 +175,12 @@ def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, 
     assert fields_of(open_gguf(made.path))["tokenizer.chat_template"] == fmt.tokenizer.chat_template
     assert "another" in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, made.path.name])
+
+
+def test_of_an_architecture_that_is_not_known_what_differs_is_counted(convert, model, tmp_path):
+    other = copied(model, tmp_path / "other", model_type="newest")
+    made = convert(folder=other)
+    assert made.report.unknown == 4  # q and k of two layers
 
 
 # --- the adapter alone ------------------------------------------------------------------------------------------------
@@ -406,7 +412,7 @@ def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, t
         shutil.copyfile(embedded / name, folder / name)
     check_model(folder, spoken, source)
     file = convert_model(folder, tmp_path / "m.gguf", source, outtype, fmt, "Tamsin")
-    assert file.report.as_sets == 0
+    assert file.report.unknown == 0
     layers = None if architecture != "gpt2" else ["c_attn", "c_proj", "c_fc"]
     adapter = trained(folder, tmp_path / "adapter", layers, fan_in_fan_out=architecture == "gpt2")
     assert convert_adapter(adapter, folder, tmp_path / "a.gguf", source) > 0

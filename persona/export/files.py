@@ -100,13 +100,15 @@ def _model(
 ) -> str:
     made = convert_model(merged, output, llama_cpp, outtype, fmt, output.stem)
     report, notes = made.report, list(made.changes)
-    if report.as_sets:
+    compared = f"all {report.tensors} tensors"
+    if report.unknown:
+        compared = f"{report.tensors - report.unknown} of {report.tensors} tensors"
         notes.append(
-            f"of {report.as_sets} tensors only the sorted numbers were compared: how llama.cpp arranges a "
-            f"{report.architecture} is not known here"
+            f"{report.unknown} tensors could not be compared, since it is not known here how llama.cpp arranges "
+            f"them in a {report.architecture} model; talk to it before you rely on it"
         )
     said = (
-        f"Written {output} ({report.architecture}, {report.type_name}): all {report.tensors} tensors, vocabulary, end "
+        f"Written {output} ({report.architecture}, {report.type_name}): {compared}, vocabulary, end "
         f"tokens and chat template are those of {merged}; largest rounding {report.largest_error:.1e}."
     )
     notes += _modelfile(output, [f"FROM ./{output.name}"], fmt, made.adds_bos, adapter, config)

@@ -124,7 +124,7 @@ def _compare_adapter(path: Path, weights: dict[str, torch.Tensor], alpha: float,
     fields = fields_of(reader)
     outer = read_config(base)
     config = outer.get("text_config") or outer
-    names = tensor_names(str(fields.get("general.architecture")), config.get("num_hidden_layers") or config["n_layer"])
+    named = tensor_names(str(fields.get("general.architecture")), config.get("num_hidden_layers") or config["n_layer"])
     stored = {tensor.name: tensor for tensor in reader.tensors}
     problems = []
     if not math.isclose(fields.get("adapter.lora.alpha", 0), alpha, rel_tol=1e-6):
@@ -133,7 +133,7 @@ def _compare_adapter(path: Path, weights: dict[str, torch.Tensor], alpha: float,
         plain = name.removeprefix(PREFIX)
         half = "a" if plain.endswith(".lora_A.weight") else "b"
         tensor = f"{plain[: -len('.lora_A.weight')]}.weight"
-        target = f"{names.get_name(tensor, try_suffixes=('.weight',))}.lora_{half}"
+        target = f"{named(tensor)}.lora_{half}"
         expected, arranged = weight, arrangement(tensor, str(config.get("model_type")), config)
         if half == "b" and arranged == "permuted":
             expected = permuted(expected, tensor, config)
