@@ -1,0 +1,5 @@
+"""Stylometry of plain text, Chinese and English, without a model: how near two ways of writing are."""
+
+from persona.style.comparison import Comparison, compare
+
+__all__ = ["Comparison", "compare"]
