@@ -5,9 +5,12 @@ transformers' norms and gated layers keep values that are cheaper to compute aga
 most of its memory on that. Nothing here changes the model or its files: only the `forward` of the modules in memory.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -16,6 +19,7 @@ from torch import nn
 # Norms, gated layers and output layers of these compute what is written here and in persona/loss.py (no scale and no
 # soft cap behind the output layer); any other architecture keeps its own
 KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_UNPACKED = "weight_unpacked"  # attribute of a 4-bit layer
 
 
 def fuse(model: PeftModel) -> None:
@@ -99,6 +103,8 @@ class _Adapted(torch.autograd.Function):
 
 def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
     """The frozen weight of `base` (out, in), taken out of its 4 bits where it is held in them."""
+    if (plain := vars(base).get(_UNPACKED)) is not None:
+        return plain.to(dtype)
     # a weight that FSDP has put together again has lost its own
     state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     if state is None:
@@ -106,6 +112,33 @@ def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(base.weight, state).to(dtype)
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """While entered, hold the 4-bit weights of `model` unpacked too, where they lie on the CPU and memory allows it.
+
+    They compute the same. On the CPU unpacking takes longer than the products of one token, and a reply does both for
+    each of its tokens.
+    """
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    size = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
+    chosen = layers if model.device.type == "cpu" and size < psutil.virtual_memory().available / 2 else []
+    try:
+        for layer in chosen:
+            setattr(layer, _UNPACKED, _frozen(layer, layer.compute_dtype))
+            layer.forward = partial(_plain, layer)
+        yield
+    finally:
+        for layer in chosen:
+            vars(layer).pop(_UNPACKED, None)
+            vars(layer).pop("forward", None)
+
+
+def _plain(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = vars(layer)[_UNPACKED]
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ LAYERS = (
     ("folders", "hub", "sources", "offsets", "storage", "artifacts", "dataset", "plan")
     + ("attention", "packing", "fused", "loss", "modeling", "merging"),
     ("devices", "launch", "sharing", "sharding", "optimizers", "checkpoints", "identity", "metrics", "run_folder")
-    + ("signals", "training", "overview", "generation", "chat", "evaluation", "run"),
+    + ("signals", "training", "overview", "generation", "decoding", "replies", "chat", "evaluation", "run"),
 )
 SCRIPTS = len(LAYERS)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
