@@ -17,7 +17,7 @@ from pathlib import Path
 from persona.console import run_script
 from persona.errors import UsageError
 
-VERBS = ("score", "predict", "style", "report")
+VERBS = ("score", "predict", "style", "report", "ab-make", "ab-score")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,10 +42,29 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def compare_blindly(args: argparse.Namespace) -> None:
+    from persona.evaluation import readers
+    from persona.evaluation.inputs import read_subject
+
+    paths = list(map(Path, args.paths))
+    if args.verb == "ab-score":
+        readers.score_answers(paths, print)
+    elif len(paths) == 2:
+        readers.sheet_of_files(*paths, args.output or paths[0].parent, args.limit, print)
+    elif len(paths) < 2:
+        subject = read_subject(args.paths[0] if paths else None, args.config, args.set, args.data, args.output)
+        readers.sheet_of_run(subject, args.limit, print)
+    else:
+        raise UsageError("ab-make takes a run, or two files of predictions.")
+
+
 def main() -> None:
     args = parse_arguments()
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise UsageError("--batch-size and --limit are numbers from 1.")
+    if args.verb in ("ab-make", "ab-score"):
+        compare_blindly(args)
+        return
     if len(args.paths) > 1 and args.verb != "score":
         raise UsageError(f"{args.verb} takes one PATH, found {len(args.paths)}; only score compares several models.")
 

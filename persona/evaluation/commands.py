@@ -8,11 +8,12 @@ from persona.evaluation import tables, whole
 from persona.evaluation.figures import Sides
 from persona.evaluation.inputs import Measured, Subject
 from persona.evaluation.measuring import Loaded, load, matrix, score
-from persona.evaluation.predictions import Prediction, write_predictions
+from persona.evaluation.page import write_report_page
+from persona.evaluation.predictions import BASE_PREDICTIONS, PREDICTIONS, Prediction, write_predictions
 from persona.evaluation.results import NAME, Evaluation, write_evaluation
 
+PAGE = "report.html"
 Report = Callable[[str], None]
-PREDICTIONS, BASE_PREDICTIONS = "predictions.json", "predictions_base.json"
 
 
 def run_score(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: bool, report: Report) -> None:
@@ -85,7 +86,8 @@ def run_report(
     )
     subject.output.mkdir(parents=True, exist_ok=True)
     write_evaluation(subject.output / NAME, found)
-    report(f"written to {safe((subject.output / NAME).as_posix())}")
+    write_report_page(found, subject.output / PAGE)
+    report(f"written to {safe((subject.output / PAGE).as_posix())}, for programs {NAME}")
     return found
 
 

@@ -14,6 +14,7 @@ from persona.records import Record, scan_json
 from persona.storage import write_json
 from persona.style.units import units
 
+PREDICTIONS, BASE_PREDICTIONS = "predictions.json", "predictions_base.json"
 # What the three parts are called here, in LLaMA-Factory's generated_predictions.jsonl, and in other tools' files
 _NAMES = {
     "input": ("input", "prompt", "instruction", "question"),
