@@ -5,6 +5,7 @@ import math
 import random
 import re
 from collections import Counter
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -17,8 +18,13 @@ from persona.evaluation.proportions import binomial_p, cohen_kappa, log_odds, pr
 from persona.evaluation.sheet import make_sheet
 
 
+class Prediction(NamedTuple):
+    input: str
+    predict: str
+
+
 def predictions(replies):
-    return [{"input": f"Question {i}?", "predict": reply, "target": "x"} for i, reply in enumerate(replies)]
+    return [Prediction(f"Question {i}?", reply) for i, reply in enumerate(replies)]
 
 
 def shown(sheet):
@@ -139,7 +145,7 @@ def test_nothing_but_the_words_tells_the_sides_apart(tmp_path):
     """Replies of equal length on all 400 pairs, so that a classifier sees order, identifiers and markup alone."""
     tuned = predictions([f"**Aye** {i:03d}  \r\n\r\n\r\n" for i in range(400)])
     base = predictions([f"Sure {i:03d}<|im_end|>"[:20] for i in range(400)])
-    sheet = make_sheet(predictions([p["predict"].replace("Aye", "Ayes") for p in tuned]), base, tmp_path / "a", None)
+    sheet = make_sheet(predictions([one.predict.replace("Aye", "Ayes") for one in tuned]), base, tmp_path / "a", None)
     page = shown(sheet)
     names = {pair["id"]: pair["left"] == "tuned" for pair in key_of(sheet)["pairs"]}
     sides = [names[pair["id"]] for pair in page["pairs"]]
@@ -224,7 +230,7 @@ def test_predictions_that_do_not_belong_together_are_refused(tmp_path):
         make_sheet(predictions(["a", "b"]), predictions(["c"]), tmp_path, "s")
     with pytest.raises(DataError, match="no predictions"):
         make_sheet([], [], tmp_path, "s")
-    other = [{"input": "Else?", "predict": "c"}]
+    other = [Prediction("Else?", "c")]
     with pytest.raises(DataError, match="Prediction 1 .* different prompts"):
         make_sheet(predictions(["a"]), other, tmp_path, "s")
     assert not list(tmp_path.iterdir())

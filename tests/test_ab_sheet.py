@@ -4,6 +4,7 @@ import json
 
 import pytest
 from browser import Opened, chromium, contrast, luminance
+from test_ab import Prediction
 
 from persona.evaluation.preference import score_sheet
 from persona.evaluation.sheet import make_sheet
@@ -19,7 +20,7 @@ def browser():
 
 
 def predictions(replies):
-    return [{"input": f"Question {i}?\n" + "And more of it. " * 12, "predict": text} for i, text in enumerate(replies)]
+    return [Prediction(f"Question {i}?\n" + "And more of it. " * 12, text) for i, text in enumerate(replies)]
 
 
 @pytest.fixture(scope="module")

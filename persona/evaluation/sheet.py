@@ -10,10 +10,10 @@ import json
 import re
 import secrets
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from persona.errors import DataError, UsageError
 from persona.pages import asset, document, embedded
@@ -40,6 +40,16 @@ _MARKUP = (
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+class Predicted(Protocol):
+    """A prompt and a side's reply to it."""
+
+    @property
+    def input(self) -> str: ...
+
+    @property
+    def predict(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Sheet:
     """A sheet that was made, and its key."""
@@ -59,8 +69,8 @@ class _Pair:
 
 
 def make_sheet(
-    first: Sequence[Mapping[str, Any]],
-    second: Sequence[Mapping[str, Any]],
+    first: Sequence[Predicted],
+    second: Sequence[Predicted],
     folder: Path,
     seed: str | None,
     *,
@@ -69,7 +79,7 @@ def make_sheet(
     examples: Sequence[str] = (),
     limit: int | None = None,
 ) -> Sheet:
-    """Write ab_sheet.html and ab_key.json for two sides' predictions (`input`, `predict`) of the same prompts.
+    """Write ab_sheet.html and ab_key.json for two sides' replies to the same prompts, in the same order.
 
     With `seed` the same predictions give the same two files; whoever can guess it can tell the sides apart, so that
     without a reason it is None, which draws 256 bits. `about` is the character's name for the question, `examples`
@@ -122,9 +132,7 @@ def make_sheet(
     return Sheet(folder / SHEET_NAME, folder / KEY_NAME, len(shown), len(pairs) - len(asked))
 
 
-def _pairs(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], names: tuple[str, str]
-) -> list[_Pair]:
+def _pairs(first: Sequence[Predicted], second: Sequence[Predicted], names: tuple[str, str]) -> list[_Pair]:
     again = "Predict both with the same file: python evaluate_model.py predict"
     if len(first) != len(second):
         raise DataError(f"{len(first)} predictions of {names[0]} but {len(second)} of {names[1]}. {again}")
@@ -132,11 +140,11 @@ def _pairs(
         raise DataError(f"There are no predictions to compare. {again}")
     pairs = []
     for number, (one, other) in enumerate(zip(first, second, strict=True)):
-        if one["input"] != other["input"]:
+        if one.input != other.input:
             raise DataError(
                 f"Prediction {number + 1} of {names[0]} and of {names[1]} answer different prompts. {again}"
             )
-        pairs.append(_Pair(number, _plain(one["input"]), (_plain(one["predict"]), _plain(other["predict"]))))
+        pairs.append(_Pair(number, _plain(one.input), (_plain(one.predict), _plain(other.predict))))
     return pairs
 
 
