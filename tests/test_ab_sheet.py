@@ -183,8 +183,7 @@ def test_a_browser_that_keeps_nothing_says_so(browser, sheet):
     opened.context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize(("size", "scheme"), [("desktop", "dark"), ("phone", "light")])
 def test_every_screen_fits_and_can_be_read(browser, sheet, size, scheme):
     opened = Opened(browser, sheet.sheet, size, scheme)
     page = opened.page
