@@ -121,7 +121,8 @@ def unpacked(model: Any) -> Iterator[None]:
     They compute the same. On the CPU unpacking takes longer than the products of one token, and a reply does both for
     each of its tokens.
     """
-    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    named = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    layers = [module for module in named if not hasattr(module, "base_layer")]  # PEFT's has the same name
     size = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
     chosen = layers if model.device.type == "cpu" and size < psutil.virtual_memory().available / 2 else []
     try:

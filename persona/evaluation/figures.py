@@ -4,11 +4,13 @@
 adapter switched off, `author` the held-out text itself. What was not measured is None; nothing is NaN.
 """
 
+from collections.abc import Callable
 from typing import Generic, Literal, TypeVar
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+S = TypeVar("S")
 T = TypeVar("T")
 PLAIN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -28,6 +30,10 @@ class Sides(Generic[T]):
 
     tuned: T
     base: T | None = None
+
+    def each(self, function: Callable[[T], S]) -> "Sides[S]":
+        """`function` of both sides."""
+        return Sides(function(self.tuned), None if self.base is None else function(self.base))
 
 
 @dataclass(frozen=True, config=PLAIN)
@@ -138,14 +144,14 @@ class Copying:
 
 @dataclass(frozen=True, config=PLAIN)
 class Diversity:
-    """How varied the words are, all sides cut to the same length."""
+    """How varied the words are, all sides cut to the same length; None where there is too little text."""
 
-    distinct_1: float
-    distinct_2: float
-    mattr: float
+    distinct_1: float | None
+    distinct_2: float | None
+    mattr: float | None
     """Moving-average type-token ratio."""
     self_bleu: float | None
-    """0 to 100: how much the replies are alike; None below two replies."""
+    """0 to 100: how much the replies are alike."""
 
 
 @dataclass(frozen=True, config=PLAIN)
