@@ -165,6 +165,16 @@ def test_missing_parts_are_named_with_the_way_to_get_them():
         Page(report_page(replace(WHOLE, **{name: replace(sides, base=None)})))
 
 
+def test_a_base_that_was_measured_in_part_only():
+    style = WHOLE.style
+    first, *others = style.distances
+    partly = replace(style, distances=(replace(first, distance=replace(first.distance, base=None)), *others))
+    phrase, *more = style.phrases
+    partly = replace(partly, phrases=(replace(phrase, rate=replace(phrase.rate, base=None)), *more))
+    dash = '<span class="none">–</span>'
+    assert report_page(replace(WHOLE, style=partly)).count(dash) == report_page(WHOLE).count(dash) + 2
+
+
 def test_texts_without_prompts_and_targets_stand_alone():
     bare = replace(CHINESE.exchanges[0], prompt="", target="")
     page = report_page(replace(CHINESE, exchanges=(bare,) * 30))
