@@ -109,13 +109,33 @@ def test_comment_undo_and_return(opened, sheet):
     page.keyboard.press("ArrowRight")
     ready(page)
     assert progress(page) == f"1 / {COUNT}"
+    prompt = page.inner_text("#prompt")
     page.reload()  # the browser was closed in between
     assert progress(page) == f"1 / {COUNT}"
-    assert page.is_visible("#pair")
+    assert page.inner_text("#begin .main") == "Go on"
+    page.keyboard.press("Enter")
+    assert page.inner_text("#prompt") == prompt
+    assert page.get_attribute("#choices [data-choice=right]", "aria-pressed") == "false"
     kept = page.evaluate("result()")
     assert kept["rater"] == "Zoë"
     assert [(answer["choice"], answer["comment"]) for answer in kept["answers"]] == [("right", 'c 1 0 "so, so')]
     assert '"c 1 0 ""so, so"\r\n' in page.evaluate("asCsv()")
+
+
+def test_another_reader_at_the_same_computer_begins_anew(opened):
+    page = opened.page
+    assert not page.is_visible(".anew")
+    begin(opened, "Ada")
+    page.keyboard.press("ArrowLeft")
+    page.reload()
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.click("#begin .anew")
+    assert progress(page) == f"1 / {COUNT}"
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("#begin .anew")
+    assert progress(page) == f"0 / {COUNT}"
+    assert page.input_value("#rater") == ""
+    assert page.evaluate("result()")["answers"] == []
 
 
 def test_slips_answer_nothing(opened):
@@ -163,8 +183,7 @@ def test_a_browser_that_keeps_nothing_says_so(browser, sheet):
     opened.context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", ["desktop", "phone"])
+@pytest.mark.parametrize(("size", "scheme"), [("desktop", "dark"), ("phone", "light")])
 def test_every_screen_fits_and_can_be_read(browser, sheet, size, scheme):
     opened = Opened(browser, sheet.sheet, size, scheme)
     page = opened.page

@@ -165,6 +165,25 @@ def test_missing_parts_are_named_with_the_way_to_get_them():
         Page(report_page(replace(WHOLE, **{name: replace(sides, base=None)})))
 
 
+def test_a_base_that_was_measured_in_part_only():
+    style = WHOLE.style
+    first, *others = style.distances
+    partly = replace(style, distances=(replace(first, distance=replace(first.distance, base=None)), *others))
+    phrase, *more = style.phrases
+    partly = replace(partly, phrases=(replace(phrase, rate=replace(phrase.rate, base=None)), *more))
+    dash = '<span class="none">–</span>'
+    assert report_page(replace(WHOLE, style=partly)).count(dash) == report_page(WHOLE).count(dash) + 2
+
+
+def test_texts_without_prompts_and_targets_stand_alone():
+    bare = replace(CHINESE.exchanges[0], prompt="", target="")
+    page = report_page(replace(CHINESE, exchanges=(bare,) * 30))
+    assert 'class="said prompt"' not in page
+    assert "(no reply)" not in page
+    assert "24 more" in page
+    assert "--base-texts" in page
+
+
 def test_a_headline_may_lie_outside_and_have_no_interval():
     for headline in (Estimate(-0.3, -0.8, 0.1), Estimate(1.2, 1.0, 1.4), Estimate(0.5)):
         page = report_page(replace(WHOLE, style=replace(WHOLE.style, headline=headline)))
@@ -247,6 +266,8 @@ def test_curves_of_one_point_and_none():
         Page(report_page(replace(WHOLE, curve=curve)))
     empty = replace(WHOLE.curve, train=(), held_out=(), best=None)
     assert "<svg" not in report_page(replace(WHOLE, curve=empty, style=None))
+    long = replace(WHOLE.curve, train=tuple((step, 3.0 + step % 7) for step in range(100_000)))
+    assert len(report_page(replace(WHOLE, curve=long))) < 300_000
     steep = replace(WHOLE.curve, held_out=((0, 3.0), (9, 900.0)), best=0)
     assert "inf" not in report_page(replace(WHOLE, curve=steep)).replace("information", "")
 
@@ -278,9 +299,11 @@ def pages(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", ["desktop", "phone"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"),
+    [("whole", size, scheme) for size in ("desktop", "phone") for scheme in ("light", "dark")]
+    + [("chinese", "phone", "light"), ("least", "phone", "dark")],
+)
 def test_the_page_fits_and_can_be_read(browser, pages, name, size, scheme):
     opened = Opened(browser, pages / f"{name}.html", size, scheme)
     page = opened.page

@@ -11,6 +11,7 @@ from html import escape
 
 _WIDTH, _HEIGHT = 400, 240  # units; about a phone's width, so that type keeps its size there
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 14, 34
+_DRAWN = 1000  # points of a line; a screen shows no more
 _MARKED = 60  # points up to which a line shows each of them
 
 Point = tuple[float, float]
@@ -137,8 +138,9 @@ def _steps(low: float, high: float, x: Callable[[float], float]) -> str:
 
 
 def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line.points)
-    source = f' data-at="{escape(line.at)}" data-value="{_json(line.points)}"' if line.at else ""
+    every = max(1, len(line.points) // _DRAWN)
+    places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line.points[::every])
+    source = f' data-at="{escape(line.at)}" data-value="{_json(line.points)}"' if line.at and every == 1 else ""
     drawn = f'<polyline class="line {line.kind}" points="{places}"{source}/>'
     if len(line.points) > 1 and (not line.marked or len(line.points) > _MARKED):
         return drawn

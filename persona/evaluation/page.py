@@ -137,33 +137,29 @@ def _pairs(found: dict[str, str] | None) -> str:
 
 def _missing(evaluation: Evaluation) -> str:
     """What is not on the page, and what to do to have it there."""
-    held_out = any(score.role == "held_out" for score in evaluation.scores)
-    control = any(score.role == "control" for score in evaluation.scores)
     texts = evaluation.kind == "texts"
-    how = "Measure the adapter of a run" if texts else "Give a held-out file (data.validation_file)"
-    entries = [
-        (
-            held_out,
-            "Perplexity",
-            "A text file has no model that could be asked; measure an adapter." if texts else f"{how}.",
+    roles = {score.role for score in evaluation.scores}
+    held_out = "Give conversations that were not learned, with --data FILE."
+    asked = "A file of texts has no model that could be asked: measure a run or a merged model."
+    way = (
+        "Give the base model’s texts too, with --base-texts FILE." if texts else "Only an adapter has a base beside it."
+    )
+    control = "Give neutral text, or another author’s, as conversations with --control FILE."
+    of_a_run = "It is kept in the folder of a run: measure outputs/NAME."
+    found = {
+        "Perplexity": ("held_out" in roles, asked if texts else held_out),
+        "Forgetting": ("control" in roles, asked if texts else control),
+        "Replies": (evaluation.replies, "The texts need what was really said beside them." if texts else held_out),
+        "Style": (evaluation.style, held_out),
+        "The way from base to author": (evaluation.style and evaluation.style.headline, way),
+        "Memory of the settings": (evaluation.recall, asked if texts else "Give records of the type settings_qa."),
+        "Copying": (
+            evaluation.copying,
+            "The files of data.train_file and data.settings_file have to be where they were.",
         ),
-        (control or texts, "Forgetting", "Give a neutral or another author’s conversations with --control FILE."),
-        (evaluation.replies, "Replies", f"{how}, and let the report generate."),
-        (
-            evaluation.style and evaluation.style.headline,
-            "The way from base to author",
-            "Only an adapter has a base beside it.",
-        ),
-        (evaluation.style, "Style", f"{how}, with enough text."),
-        (
-            evaluation.recall,
-            "Memory of the settings",
-            "Give questions: records of the type settings_qa (data.settings_file).",
-        ),
-        (evaluation.copying, "Copying", "The training file (data.train_file) has to be where it was."),
-        (evaluation.curve, "Curves", "They come from the metrics.jsonl of a run; this was not measured in its folder."),
-        (evaluation.data, "Data statistics", "The files of the run have to be where they were."),
-        (evaluation.settings, "Configuration", "It comes from the config.json of a run."),
-    ]
-    rows = "".join(f"<tr><th>{name}</th><td>{what}</td></tr>" for found, name, what in entries if not found)
+        "Curves": (evaluation.curve, of_a_run),
+        "Data": (evaluation.data, "The files have to be where they were."),
+        "Configuration": (evaluation.settings, of_a_run),
+    }
+    rows = "".join(f"<tr><th>{name}</th><td>{how}</td></tr>" for name, (value, how) in found.items() if not value)
     return f'<table class="pairs missing">{rows}</table>' if rows else ""

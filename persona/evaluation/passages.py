@@ -6,28 +6,31 @@ from html import escape
 from persona.evaluation.figures import Answer, Exchange, Question, Recall, Sides, Span
 from persona.evaluation.numerals import estimate, percent
 
-_OPEN = 6  # exchanges shown at once; the others unfold
+_OPEN, _QUESTIONS = 6, 20  # exchanges and questions shown at once; the others unfold
 
 
 def exchanges(found: Sequence[Exchange], names: dict[str, str], language: str) -> str:
     """Each prompt with what the author, the base and the tuned model said, copied stretches marked."""
     shown = [_exchange(exchange, names) for exchange in found]
-    rest = shown[_OPEN:]
+    return _folded(shown, _OPEN, language) if shown else ""
+
+
+def _folded(shown: Sequence[str], at_once: int, language: str) -> str:
+    """The first `at_once` of them, and the others to unfold."""
+    rest = shown[at_once:]
     more = f"<details><summary>{len(rest)} more</summary>{''.join(rest)}</details>" if rest else ""
-    return f'<div lang="{escape(language)}">{"".join(shown[:_OPEN])}{more}</div>' if shown else ""
+    return f'<div lang="{escape(language)}">{"".join(shown[:at_once])}{more}</div>'
 
 
 def _exchange(exchange: Exchange, names: dict[str, str]) -> str:
-    columns = [_reply("author", names["author"], escape(exchange.target))]
+    columns = [_reply("author", names["author"], escape(exchange.target))] if exchange.target else []
     if exchange.said.base is not None:
         columns.append(_reply("base", names["base"], escape(exchange.said.base)))
     columns.append(_reply("tuned", names["tuned"], marked(exchange.said.tuned, exchange.copied)))
     sources = sorted({span.source for span in exchange.copied})
     copied = f'<p class="quiet">Copied from: <q>{"</q>, <q>".join(map(escape, sources))}</q></p>' if sources else ""
-    return (
-        f'<article class="exchange"><div class="said prompt">{escape(exchange.prompt)}</div>'
-        f'<div class="columns">{"".join(columns)}</div>{copied}</article>'
-    )
+    prompt = f'<div class="said prompt">{escape(exchange.prompt)}</div>' if exchange.prompt else ""
+    return f'<article class="exchange">{prompt}<div class="columns">{"".join(columns)}</div>{copied}</article>'
 
 
 def _reply(kind: str, name: str, inner: str) -> str:
@@ -69,10 +72,10 @@ def recall(found: Recall, names: dict[str, str], language: str) -> str:
         if found.facts_given
         else "Where no keywords were given with a question, its key facts are the rare words of the reference."
     )
-    questions = "".join(_question(question, names) for question in found.questions)
+    questions = _folded([_question(question, names) for question in found.questions], _QUESTIONS, language)
     return (
         f'<div class="wide-table"><table><tr><th>key facts in the answers</th>{head}</tr>{"".join(rows)}</table></div>'
-        f'<p class="quiet">{facts}</p><div lang="{escape(language)}">{questions}</div>'
+        f'<p class="quiet">{facts}</p>{questions}'
     )
 
 

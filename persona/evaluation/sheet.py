@@ -127,8 +127,8 @@ def make_sheet(
     folder.mkdir(parents=True, exist_ok=True)
     body = f"{asset('ab_sheet.html')}\n{embedded('sheet', {'sheet': name} | content)}"
     page = document("A/B", body, "ab_sheet.css", script=asset("ab_sheet.js"))
-    write_json(folder / KEY_NAME, key)
     write_text(folder / SHEET_NAME, page)
+    write_json(folder / KEY_NAME, key)
     return Sheet(folder / SHEET_NAME, folder / KEY_NAME, len(shown), len(pairs) - len(asked))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from persona.evaluation.charts import Line, dots, histogram, legend
-from persona.evaluation.figures import Distance, Distribution, StyleReport
+from persona.evaluation.figures import Distance, Distribution, Sides, StyleReport
 from persona.evaluation.numerals import decimal, estimate, hundredths, number, percent, whole
 
 _ROWS = 16  # classes of one distribution that are drawn, the author's most frequent
@@ -32,10 +32,14 @@ def style(report: StyleReport, names: dict[str, str]) -> str:
     )
 
 
+def _sides(found: Sequence[Sides[float]]) -> list[str]:
+    return ["base", "tuned"] if any(sides.base is not None for sides in found) else ["tuned"]
+
+
 def _distances(found: Sequence[Distance], names: dict[str, str]) -> str:
     if not found:
         return ""
-    sides = [side for side in ("base", "tuned") if side == "tuned" or found[0].distance.base is not None]
+    sides = _sides([distance.distance for distance in found])
     head = f'<th class="n">{escape(names["author"])}’s halves</th>'
     head += "".join(f'<th class="n">{escape(names[side])}</th>' for side in sides)
     rows = []
@@ -44,8 +48,8 @@ def _distances(found: Sequence[Distance], names: dict[str, str]) -> str:
         cells = "".join(
             f'<td class="n">{number(getattr(distance.distance, side), f"{at}.distance.{side}")}</td>' for side in sides
         )
-        values = [getattr(distance.distance, side) for side in sides]
-        largest = max(distance.author.high or distance.author.value, *values)
+        values = [value for side in sides if (value := getattr(distance.distance, side)) is not None]
+        largest = max(distance.author.value, *values)
         marks = [(names["author"], "author", distance.author.value, f"{at}.author.value")]
         marks += [(names[side], side, getattr(distance.distance, side), f"{at}.distance.{side}") for side in sides]
         rows.append(
@@ -86,7 +90,7 @@ def _distribution(found: Distribution, at: str, names: dict[str, str]) -> str:
 def _phrases(report: StyleReport, names: dict[str, str]) -> str:
     if not report.phrases:
         return ""
-    sides = [side for side in ("base", "tuned") if side == "tuned" or report.phrases[0].rate.base is not None]
+    sides = _sides([phrase.rate for phrase in report.phrases])
     head = "".join(f'<th class="n">{escape(names[side])}</th>' for side in ("author", *sides))
     rows = "".join(
         f"<tr><td><q>{escape(phrase.text)}</q></td>"

@@ -2,7 +2,7 @@
 const WORDS = {
   en: {
     title: "Blind comparison", left: "Left", right: "Right", upper: "Upper", lower: "Lower", tie: "Tie", back: "Back",
-    next: "Forward", comment: "Comment", start: "Start", prompt: "They were asked", name: "Your name",
+    next: "Forward", comment: "Comment", start: "Start", goon: "Go on", anew: "Another reader", sure: "Delete the answers in this browser and begin anew? Save them first.", prompt: "They were asked", name: "Your name",
     question: "Which reply sounds more like {who}?", them: "them", about: "How {who} really sounds",
     intro: "You will see {n} prompts, each with two replies. Choose the reply that sounds more like {who}, by voice and not by whether it is right. If you cannot tell, choose the tie.",
     kept: "Your answers stay in this browser, so you can close the page and go on later. Nothing is sent anywhere.",
@@ -17,7 +17,7 @@ const WORDS = {
   },
   zh: {
     title: "盲测", left: "左", right: "右", upper: "上", lower: "下", tie: "难分", back: "上一题",
-    next: "下一题", comment: "备注", start: "开始", prompt: "提问", name: "你的名字",
+    next: "下一题", comment: "备注", start: "开始", goon: "继续", anew: "换人作答", sure: "删除这个浏览器里的答案，重新开始？请先保存。", prompt: "提问", name: "你的名字",
     question: "哪个回答更像{who}？", them: "本人", about: "{who}平时怎么说话",
     intro: "一共 {n} 题，每题两个回答。请选更像{who}的那个：只看口吻，不看对错。实在分不出就选“难分”。",
     kept: "答案保存在这个浏览器里，可以关掉页面以后接着做。不会发送到任何地方。",
@@ -105,6 +105,8 @@ function words() {
 }
 
 function show() {
+  for (const button of document.querySelectorAll(".anew")) button.hidden = !answered();
+  $("begin").querySelector("button").textContent = word(answered() ? "goon" : "start");
   $("intro").hidden = at !== -1;
   $("pair").hidden = at < 0 || at >= items.length;
   $("done").hidden = at < items.length;
@@ -242,6 +244,16 @@ $("begin").addEventListener("submit", (event) => {
   named($("rater"));
   go(firstOpen() < 0 ? items.length : firstOpen());
 });
+for (const button of document.querySelectorAll(".anew")) {
+  button.addEventListener("click", () => {
+    if (!confirm(word("sure"))) return;
+    state = { ...state, rater: "", answers: {}, comments: {} };
+    save();
+    $("rater").value = "";
+    $("saved").textContent = "";
+    go(-1);
+  });
+}
 $("language").addEventListener("click", () => {
   state.language = language() === "zh" ? "en" : "zh";
   save();
@@ -259,5 +271,5 @@ load();
 words();
 save();
 $("rater").value = state.rater;
-go(answered() === items.length ? items.length : answered() ? firstOpen() : -1);
+go(firstOpen() < 0 ? items.length : -1);
 if (at === -1) $("rater").focus();
