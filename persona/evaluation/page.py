@@ -43,7 +43,7 @@ def report_page(evaluation: Evaluation) -> str:
         ("Not measured", _missing(evaluation)),
         ("Data", _data(evaluation.data)),
         ("Configuration", _configuration(evaluation.settings)),
-        ("Versions and hashes", _pairs(evaluation.versions) + _pairs(evaluation.hashes)),
+        ("Versions and hashes", _pairs(evaluation.versions) + _hashes(evaluation)),
     ]
     body = "".join(f"<section><h2>{title}</h2>{inner}</section>" for title, inner in sections if inner)
     return document(f"Report: {evaluation.name}", f"<main>{_head(evaluation)}{body}</main>", "report.css")
@@ -144,6 +144,12 @@ def _pairs(found: dict[str, str] | None) -> str:
         for name, value in (found or {}).items()
     )
     return f'<table class="pairs">{rows}</table>' if rows else ""
+
+
+def _hashes(evaluation: Evaluation) -> str:
+    """SHA-256 of what was measured, but for the files, which stand under Data."""
+    files = {data.sha256 for data in evaluation.data}
+    return _pairs({name: digest for name, digest in (evaluation.hashes or {}).items() if digest not in files})
 
 
 def _missing(evaluation: Evaluation) -> str:
