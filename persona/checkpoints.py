@@ -42,6 +42,8 @@ class Progress:
     seconds: float = 0.0
     history_bytes: int = 0
     """Length of metrics.jsonl; what a crash wrote after it is cut off on resume."""
+    sample_bytes: int = 0
+    """The same of samples.jsonl."""
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -137,6 +137,8 @@ class Evaluation(Section):
     """Stop after this many evaluations in a row without improvement; null never stops early."""
     max_tokens_per_pack: int = Field(default=2048, ge=16)
     """Tokens in memory at a time while evaluating; never changes the result."""
+    sample_prompts: int = Field(default=4, ge=0, le=64)
+    """Held-out prompts answered at every evaluation, so that you hear it learn (`samples.jsonl`); 0 is none."""
 
 
 class Export(Section):

@@ -151,7 +151,7 @@ def _grams(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _longest(index: TrainingIndex, numbers: np.ndarray, start: int, places: np.ndarray) -> tuple[int, int, int] | None:
-    """The longest match through the 8-gram at `start`, the earliest of several: first token, end, place in the stream."""
+    """The longest match through the 8-gram at `start`: first token, end, place in the stream (the earliest)."""
     length = 0
     while len(places) and start + length < len(numbers):
         going_on = places[index.stream[places + length] == numbers[start + length]]

@@ -46,6 +46,12 @@ class _Streamer(BaseStreamer):
         self._show(self.speaker.text_of(self.ids))
 
 
+def text_of(ids: Sequence[int], fmt: ChatFormat) -> str:
+    """A reply's text: no control tokens, and without the space that a template writes before a reply."""
+    text = fmt.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix(fmt.lead) if fmt.lead else text
+
+
 @dataclass
 class Speaker:
     """A model ready to reply."""
@@ -60,9 +66,8 @@ class Speaker:
     """`adapter`, `model` (merged) or `base`."""
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The reply's text: no control tokens, and without the space that a template writes before a reply."""
-        text = self.fmt.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.removeprefix(self.fmt.lead) if self.fmt.lead else text
+        """The text of a reply."""
+        return text_of(ids, self.fmt)
 
     def reply(self, messages: Sequence[Message], write: Callable[[str], None], adapter: bool = True) -> str:
         """Say what comes after `messages`, handing each piece of text to `write`; Ctrl-C ends the reply where it is.

@@ -20,6 +20,7 @@ FREE_SETTINGS = (
     "training.save_steps",
     "training.output_dir",
     "evaluation.max_tokens_per_pack",
+    "evaluation.sample_prompts",
 )
 FREE_SECTIONS = ("generation", "export")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")

@@ -1,45 +1,80 @@
-"""A run's history as it is written: metrics.jsonl and TensorBoard, both cut back to the checkpoint on resume."""
+"""A run's history as it is written: metrics, samples and TensorBoard, cut back to the checkpoint on resume."""
 
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 
-class MetricsWriter:
-    """Writes each line of metrics to metrics.jsonl and to TensorBoard at once."""
+class _Lines:
+    """A JSONL file that grows, and is first cut back to what is kept of it."""
 
-    def __init__(self, run: Path, logs: Path, kept_bytes: int, step: int) -> None:
-        """Continue after `kept_bytes` of metrics.jsonl, written up to update `step`."""
-        run.mkdir(parents=True, exist_ok=True)
-        self._file = (run / "metrics.jsonl").open("a+b")
+    def __init__(self, path: Path, kept_bytes: int) -> None:
+        self._file = path.open("a+b")
         self._file.truncate(min(kept_bytes, self._file.seek(0, 2)))
         self._file.seek(0, 2)
+
+    def write(self, value: dict[str, Any]) -> None:
+        self._file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+        self._file.flush()
+
+    @property
+    def size(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsWriter:
+    """Writes each line of metrics to metrics.jsonl and to TensorBoard at once, and samples to samples.jsonl."""
+
+    def __init__(self, run: Path, logs: Path, kept_bytes: int, kept_sample_bytes: int, step: int) -> None:
+        """Continue after so many bytes of metrics.jsonl and of samples.jsonl, written up to update `step`."""
+        run.mkdir(parents=True, exist_ok=True)
+        self._metrics = _Lines(run / "metrics.jsonl", kept_bytes)
+        self._samples = _Lines(run / "samples.jsonl", kept_sample_bytes)
         # TensorBoard hides events from purge_step on: updates that a crash lost, or those of an earlier run
         self._board = SummaryWriter(str(logs), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line of metrics after update `step`."""
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        line = json.dumps({"step": step, "epoch": round(epoch, 4)} | finite)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._metrics.write({"step": step, "epoch": round(epoch, 4)} | finite)
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
+        self._board.flush()
+
+    def write_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """What the model replied after update `step`: one line for each of `samples`."""
+        for number, sample in enumerate(samples, 1):
+            self._samples.write({"step": step} | sample)
+            said = {"asked": sample["input"], "says": sample["predict"], "author": sample["target"]}
+            # TensorBoard reads Markdown; in a block of code it shows text as it is
+            lines = [line for name, text in said.items() for line in f"{name}: {text}".splitlines()]
+            self._board.add_text(f"samples/{number}", "\n".join(f"    {line}" for line in lines), step)
         self._board.flush()
 
     @property
     def size(self) -> int:
         """Bytes of metrics.jsonl so far."""
-        return self._file.tell()
+        return self._metrics.size
+
+    @property
+    def sample_size(self) -> int:
+        """Bytes of samples.jsonl so far."""
+        return self._samples.size
 
     def close(self) -> None:
-        """Close both files."""
-        self._file.close()
+        """Close all files."""
+        self._metrics.close()
+        self._samples.close()
         self._board.close()
 
 

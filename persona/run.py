@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from persona.devices import ALONE, Devices
 from persona.errors import UsageError
 from persona.folders import read_config
 from persona.generation import Speaker
+from persona.history import read_history
 from persona.identity import check_same, identity_of, read_identity
 from persona.launch import build_accelerator
 from persona.metrics import MetricsWriter
@@ -29,12 +30,14 @@ from persona.optimizers import choose_optimizer
 from persona.overview import arithmetic, summary
 from persona.render import ChatFormat, Message, chat_format
 from persona.run_folder import log_folder, next_commands, open_run, set_aside
+from persona.samples import Sampler, choose_samples
 from persona.sharding import shard_base
 from persona.sharing import keep_rows, prepare_layout
 from persona.sources import resolve_model
 from persona.storage import write_json, write_text
 from persona.tokens import decode
 from persona.training import Trainer, best_checkpoint, run_training, stopped_early
+from persona.verdict import as_text, of_training
 
 MEMORY_ADVICE = (
     "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
@@ -154,6 +157,8 @@ def _finetune(config: Config, run: Path, report: Callable[[str], None], devices:
             write_text(run / "config.json", dump_config(config))
             write_json(run / "run.json", current)
         report(arithmetic(config, material.train, material.held_out, material.notes, trainer, precision, unshared))
+        if devices.sharded and config.evaluation.sample_prompts and material.held_out.records:
+            report("  note: no samples during training: no process can speak with its part of the base alone")
         for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
             report(line)
         run_training(trainer)
@@ -196,9 +201,10 @@ def _trainer(
         evaluation=config.evaluation,
         seed=config.seed,
         accelerator=accelerator,
-        metrics=MetricsWriter(run, log_folder(run), start.history_bytes, start.step) if devices.main else None,
+        metrics=_writer(run, start) if devices.main else None,
         report=report,
         progress=Progress(),
+        sampler=_sampler(material) if devices.main and not devices.sharded else None,
         devices=devices,
     )
     return trainer, unshared
@@ -215,6 +221,15 @@ def _agreed_layout(model: Any, material: Material, accelerator: Accelerator, dev
     if len(set(reasons)) > 1:
         keep_rows(model)
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _writer(run: Path, start: Progress) -> MetricsWriter:
+    return MetricsWriter(run, log_folder(run), start.history_bytes, start.sample_bytes, start.step)
+
+
+def _sampler(material: Material) -> Sampler | None:
+    count, limit = material.config.evaluation.sample_prompts, material.config.generation.max_new_tokens
+    return choose_samples(material.held_out, material.fmt, count, limit)
 
 
 def _start_of(checkpoint: Path | None) -> Progress:
@@ -236,13 +251,15 @@ def _finish(
     note = "The base model's licence applies to this adapter too; read it before you publish."
     text = model_card(card, run.name, facts, note)
     adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, card, text)
-    write_json(run / "run.json", identity | {"summary": facts})
+    findings = of_training(read_history(run), material.held_out.supervised, trainer.per_epoch)
+    write_json(run / "run.json", identity | {"summary": facts, "verdict": [asdict(finding) for finding in findings]})
     report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
     question = _question(material)
     if not trainer.devices.sharded:  # this process alone cannot compute with its part of the model
         said = safe(_speak_once(material, trainer, card, question))
         report(f"\n  asked: {safe(question[-1]['content'])}\n  says:  {said}\n")
+    report(f"Verdict:\n{as_text(findings)}\n")
     report(next_commands(run))
     return adapter
 

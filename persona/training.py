@@ -27,6 +27,7 @@ from persona.checkpoints import (
     save_checkpoint,
 )
 from persona.config import Evaluation, Training
+from persona.console import excerpt
 from persona.dataset import Conversation
 from persona.devices import ALONE, Devices
 from persona.errors import Diverged, EnvironmentFault, Interrupted
@@ -36,6 +37,7 @@ from persona.optimizers import build_optimizer, choose_optimizer, rate_factor, t
 from persona.packing import pack, plan_packs, portion
 from persona.plan import conversations_of, total_updates, updates_per_epoch
 from persona.render import Example
+from persona.samples import Sampler
 from persona.signals import StopRequest
 from persona.storage import fault_in
 
@@ -60,6 +62,7 @@ class Trainer:
     """None in all processes but the main one."""
     report: Callable[[str], None]
     progress: Progress
+    sampler: Sampler | None = None
     devices: Devices = ALONE
     peak_memory_gib: float = 0.0
     """Of the device with the most."""
@@ -102,6 +105,7 @@ def run_training(trainer: Trainer) -> None:
     with StopRequest(trainer.devices.main) as stop:
         if progress.step == 0 and trainer.held_out:
             progress.base_loss = _evaluate_and_log(trainer)
+            _speak(trainer)
         while progress.step < trainer.total and not stopped_early(trainer):
             _one_update(trainer)
             progress.seconds = time.perf_counter() - started
@@ -259,7 +263,17 @@ def _evaluate_if_due(trainer: Trainer) -> bool:
         progress.evaluations_without_improvement += 1
     note = "best so far" if improved else f"no improvement ({progress.evaluations_without_improvement} in a row)"
     trainer.report(f"  held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}  {note}")
+    _speak(trainer)
     return improved
+
+
+def _speak(trainer: Trainer) -> None:
+    """Write down how the model answers its few prompts now; the main process alone, while the others go on."""
+    if trainer.metrics is not None and trainer.sampler is not None:
+        with trainer.accelerator.autocast():
+            samples = trainer.sampler.answer(trainer.model)
+        trainer.metrics.write_samples(trainer.progress.step, samples)
+        trainer.report(f"  says: {excerpt(samples[0]['predict'], 110)}")
 
 
 def _is_due(trainer: Trainer, every: int | None) -> bool:
@@ -271,7 +285,7 @@ def _save(trainer: Trainer) -> None:
     random = trainer.devices.gather(random_state())
     if trainer.metrics is None:
         return
-    trainer.progress.history_bytes = trainer.metrics.size
+    trainer.progress.history_bytes, trainer.progress.sample_bytes = trainer.metrics.size, trainer.metrics.sample_size
     save_checkpoint(
         trainer.run,
         trainer.model,

@@ -52,7 +52,7 @@ def settings(
             "precision": "fp32",
         },
         "generation": {"max_new_tokens": 8, "temperature": 0, "repetition_penalty": 1.0},
-        "evaluation": {"eval_steps": 2},
+        "evaluation": {"eval_steps": 2, "sample_prompts": 0},
     }
     for section, keys in changes.items():
         values.setdefault(section, {}).update(keys)

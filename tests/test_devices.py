@@ -86,12 +86,14 @@ TWENTY_FOUR = {"num_train_epochs": 6, "max_tokens_per_pack": 100}
 def test_two_processes_learn_what_one_learns(tmp_path, tiny_model):
     made = write_settings(tmp_path, tiny_model, lora={"lora_dropout": 0}, training=TWENTY_FOUR)
     whole = finetune(made, True, lambda _: None).parent
-    done = launched(ACCELERATE, *FINETUNE, "training.output_dir=outputs/two")
+    speaking = ("--set", "evaluation.sample_prompts=2")
+    done = launched(ACCELERATE, *FINETUNE, "training.output_dir=outputs/two", *speaking)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("update   24/24") == done.stdout.count("Done.") == 1
     assert "2 of cpu in fp32" in done.stdout
     two = tmp_path / "outputs" / "two"
     assert (two / "loss.png").is_file()
+    assert len((two / "samples.jsonl").read_text(encoding="utf-8").splitlines()) == 2 * 13
     assert sum("train/loss" in line for line in metrics(two)) == 24
     assert_same_learning(two, whole)
 
@@ -216,10 +218,11 @@ def test_a_base_that_is_shared_out_learns_the_same_in_16_and_in_4_bits(tmp_path,
 
     (tmp_path / "fsdp.yaml").write_text(FSDP, encoding="utf-8")
     launcher = ("accelerate.commands.accelerate_cli", "launch", "--config_file", "fsdp.yaml")
-    four_bits = ("--set", "quantization.load_in_4bit=true")
+    four_bits = ("--set", "quantization.load_in_4bit=true", "--set", "evaluation.sample_prompts=2")
     done = launched(launcher, *FINETUNE, "training.output_dir=outputs/cut-4bit", *four_bits)
     assert done.returncode == 0, done.stderr
     assert "Continuing after update 4 " in done.stdout
+    assert "no samples during training" in done.stdout
     assert_same_learning(tmp_path / "outputs" / "cut-4bit", whole_4bit)
 
 

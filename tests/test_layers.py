@@ -10,12 +10,12 @@ PACKAGE = ROOT / "persona"
 
 # A module imports from its own layer and from those above it in this list, never from below; docs of the design agree.
 LAYERS = (
-    ("errors", "foreign_names", "config", "records", "console", "history", "curves", "pages"),
+    ("errors", "foreign_names", "config", "records", "console", "history", "verdict", "curves", "pages"),
     ("convert", "tokens", "render", "style", "copying"),
     ("folders", "hub", "sources", "offsets", "storage", "artifacts", "dataset", "plan")
     + ("attention", "packing", "fused", "loss", "modeling", "merging"),
     ("devices", "launch", "sharing", "sharding", "optimizers", "checkpoints", "identity", "metrics", "run_folder")
-    + ("signals", "training", "overview", "generation", "decoding", "replies", "chat", "evaluation", "run"),
+    + ("signals", "samples", "training", "overview", "generation", "decoding", "replies", "chat", "evaluation", "run"),
 )
 SCRIPTS = len(LAYERS)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

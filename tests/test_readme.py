@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-PAGES = (*READMES, "CONTRIBUTING.md", "config/README.md", "data/README.md", "docs/devices.md")
+PAGES = (*READMES, "CONTRIBUTING.md", "config/README.md", "data/README.md", "docs/devices.md", "docs/evaluation.md")
 TWO_COMMANDS = (
     "pip install -r requirements.txt && python finetune.py",
     "pip install -r requirements-dev.txt && python -m pytest",

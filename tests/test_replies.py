@@ -46,7 +46,7 @@ def by_hand(model, prompt, limit):
 
 @pytest.mark.parametrize("begin_alike", [0, 60])
 @pytest.mark.parametrize(
-    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "bloom", "tree"]
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "bloom", "mamba", "tree"]
 )
 def test_a_batch_says_what_each_prompt_alone_would(kind, begin_alike):
     model = tiny("llama" if kind == "tree" else kind).eval()

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import persona.training
 from persona import checkpoints
 from persona.config import Config
+from persona.console import excerpt
 from persona.errors import Diverged, Interrupted, UsageError
 from persona.run import finetune
 from persona.storage import MARKER
@@ -38,6 +39,10 @@ def train(settings, resume=True):
     said = []
     folder = finetune(settings, resume, said.append)
     return folder.parent, "\n".join(said)
+
+
+def samples(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def train_losses(run):
@@ -195,7 +200,8 @@ def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, monkeyp
     changes = LAYOUTS[layout]
 
     def made(name):
-        return config(tmp_path, tiny_model, **(changes | {"training": {**changes["training"], "output_dir": name}}))
+        training = {**changes["training"], "output_dir": name}
+        return config(tmp_path, tiny_model, **changes | {"training": training, "evaluation": {"sample_prompts": 2}})
 
     whole, _ = train(made("outputs/whole"))
     cut = made("outputs/cut")
@@ -216,6 +222,8 @@ def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, monkeyp
     run, said = train(cut)
     assert "Continuing after update 3" in said
     assert adapter_bytes(run) == adapter_bytes(whole)
+    assert samples(run) == samples(whole)
+    assert len(samples(run)) == 2 * 4
     drop = ("train/tokens_per_second", "train/peak_memory_gib")
     ours, theirs = ([{k: v for k, v in line.items() if k not in drop} for line in metrics(r)] for r in (run, whole))
     assert ours == theirs
@@ -223,7 +231,7 @@ def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, monkeyp
 
 def test_killed_and_continued_is_the_same_run(tmp_path, tiny_model):
     values = settings(tmp_path, tiny_model, training={"num_train_epochs": 60, "save_steps": 5})
-    values["evaluation"]["early_stopping_patience"] = None
+    values["evaluation"] = {"early_stopping_patience": None, "eval_steps": 12, "sample_prompts": 1}
     (tmp_path / "run.json").write_text(json.dumps(values), encoding="utf-8")
     command = [sys.executable, str(ROOT / "finetune.py"), "--config", "run.json", "--set"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -247,6 +255,64 @@ def test_killed_and_continued_is_the_same_run(tmp_path, tiny_model):
     assert again.returncode == 0, again.stderr
     assert "Continuing after update" in again.stdout
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "outputs" / "whole")
+    assert samples(run) == samples(tmp_path / "outputs" / "whole")
+    assert [line["step"] for line in samples(run)] == list(range(0, 181, 12))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_do_not_touch_what_is_learned(tmp_path, tiny_model, layout):
+    changes = LAYOUTS[layout]
+    runs = []
+    for count in (0, 2):
+        training = {**changes["training"], "output_dir": f"outputs/{count}"}
+        made = config(
+            tmp_path,
+            tiny_model,
+            **changes | {"training": training, "evaluation": {"eval_steps": 1, "sample_prompts": count}},
+        )
+        runs.append(train(made)[0])
+    without, with_samples = runs
+    assert adapter_bytes(without) == adapter_bytes(with_samples)
+    assert train_losses(without) == train_losses(with_samples)
+    assert samples(without) == []
+    assert len(samples(with_samples)) == 2 * 7
+    assert (with_samples / "checkpoint-6" / "random.safetensors").read_bytes() == (
+        without / "checkpoint-6" / "random.safetensors"
+    ).read_bytes()
+
+
+def test_samples_are_what_the_model_says_at_that_moment(tmp_path, tiny_model):
+    """The same held-out prompts at every evaluation; the last are what the finished model says in chat."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from persona.artifacts import locate
+    from persona.generation import load_speaker
+
+    made = config(tmp_path, tiny_model, held_out=5, evaluation={"sample_prompts": 3, "early_stopping_patience": None})
+    run, said = train(made)
+    lines = samples(run)
+    assert [line["step"] for line in lines] == [0, 0, 0, 2, 2, 2, 4, 4, 4, 6, 6, 6]
+    for first, later in zip(lines[:3] * 3, lines[3:], strict=True):
+        assert (first["input"], first["target"]) == (later["input"], later["target"])
+    assert lines[:3] != [line | {"step": 0} for line in lines[-3:]]
+    held_out = conversations(17)[12:]
+    exchanges = [
+        (record["messages"][:place], record["messages"][place]["content"])
+        for record in held_out
+        for place in range(1, len(record["messages"]), 2)
+    ]
+    speaker = load_speaker(made, *locate(made, str(run / "checkpoint-6"), False), False)
+    for line in lines[-3:]:
+        ((before, target),) = [one for one in exchanges if one[0][-1]["content"] == line["input"]]
+        assert line["target"] == target
+        asked = [{"role": "system", "content": "You keep the lamp."}, *before]
+        assert speaker.reply(asked, lambda _: None) == line["predict"]
+    assert f"  says: {excerpt(lines[-3]['predict'], 110)}\n" in said
+    events = EventAccumulator("logs/tiny")
+    events.Reload()
+    shown = events.Tensors("samples/1/text_summary")
+    assert [event.step for event in shown] == [0, 2, 4, 6]
+    assert f"author: {lines[0]['target']}" in shown[-1].tensor_proto.string_val[0].decode("utf-8")
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_model):

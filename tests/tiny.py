@@ -253,6 +253,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
     },
     "bloom": {"n_layer": 2, "n_head": 4},
+    "mamba": {
+        "state_size": 8,
+        "intermediate_size": None,
+        "num_attention_heads": None,
+        "num_key_value_heads": None,
+        "max_position_embeddings": None,
+    },
     "gpt2": {
         "n_embd": 64,
         "n_layer": 2,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from persona.console import progress, safe
-from persona.evaluation import tables, whole
+from persona.evaluation import judging, tables, whole
 from persona.evaluation.figures import Sides
 from persona.evaluation.inputs import Measured, Subject
 from persona.evaluation.measuring import Loaded, load, matrix, score
@@ -67,6 +67,11 @@ def run_report(
         report(tables.recall(recall))
     style = whole.style_of(subject, said if loaded is None else whole.samples(loaded, limit))
     report(tables.style(style))
+    verdict = [
+        *judging.on_training(subject.run, subject.config, len(subject.trained), scores[0].tokens if scores else 0),
+        *judging.on_replies(None if replies is None else replies.tuned, style.headline, copied, recall, scores),
+    ]
+    report("\n".join(tables.verdict(verdict)))
     found = Evaluation(
         name=subject.name,
         kind=subject.kind,
@@ -78,6 +83,7 @@ def run_report(
         copying=None if copied is None else copied.figures,
         style=style,
         exchanges=whole.exchanges(written, None if copied is None else copied.spans),
+        verdict=tuple(verdict),
         curve=whole.curve_of(subject.run),
         data=whole.data_of(subject),
         settings=subject.config.model_dump(),

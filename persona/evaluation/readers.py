@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from persona.console import safe, table
@@ -50,8 +49,7 @@ def _made(
     limit: int | None,
     report: Report,
 ) -> Sheet:
-    sides = [list(map(asdict, side)) for side in (first, second)]
-    sheet = make_sheet(*sides, output, None, names=names, about=about, examples=examples, limit=limit)
+    sheet = make_sheet(first, second, output, None, names=names, about=about, examples=examples, limit=limit)
     rows = [
         ("for readers", f"{safe(sheet.sheet.as_posix())}  ({sheet.pairs} pairs, {sheet.identical} identical left out)"),
         ("keep for yourself", safe(sheet.key.as_posix())),

@@ -65,13 +65,13 @@ class Terms:
         names = [
             name
             for name in dict.fromkeys(re.sub("['’]s$", "", found) for found in _NAME.findall(reference))
-            if not asked & set(words(name, self.cut)) and self._share(name) <= OFTEN
+            if not asked & set(words(name, self.cut)) and self._seldom(self._number(name), OFTEN)
         ]
         covered = asked | {word for name in names for word in words(name, self.cut)}
         rest = [
             word
             for word in dict.fromkeys(words(reference, self.cut))
-            if word not in covered and _is_content(word) and self._share(word) <= OFTEN / 4
+            if word not in covered and _is_content(word) and self._seldom(self.have[word], OFTEN / 4)
         ]
         rest.sort(key=lambda word: self.have[word] < 2)  # stable: those that come back, then the others
         return tuple([*names, *rest][:FACTS])
@@ -83,20 +83,21 @@ class Terms:
             start = 0
             while start < len(run[0]) - 1:
                 pieces = [run[0][start:end] for end in range(start + 2, min(start + 8, len(run[0])) + 1)]
-                shares = {piece: self._count(piece) / len(self.texts) for piece in pieces}
-                fits = [p for p in pieces if self._count(p) > 1 and shares[p] <= OFTEN / 4 and p not in question]
-                phrase = [p for p in pieces if len(p) > 2 and shares[p] > OFTEN / 4]
+                counts = {piece: sum(piece in text for text in self.texts) for piece in pieces}
+                seldom = {piece for piece, count in counts.items() if self._seldom(count, OFTEN / 4)}
+                fits = [piece for piece in pieces if counts[piece] > 1 and piece in seldom and piece not in question]
+                phrase = [piece for piece in pieces if len(piece) > 2 and piece not in seldom]
                 longest = max(phrase or fits, key=len, default="")
                 if longest and not phrase:
                     found.append(longest)
                 start += max(len(longest), 1)
         return tuple(sorted(dict.fromkeys(found), key=lambda piece: -len(piece)))[:FACTS]
 
-    def _count(self, text: str) -> int:
-        return sum(text in other for other in self.texts)
+    def _number(self, term: str) -> int:
+        return min((self.have[word] for word in words(term, self.cut)), default=0)
 
-    def _share(self, term: str) -> float:
-        return min((self.have[word] for word in words(term, self.cut)), default=0) / max(len(self.texts), 1)
+    def _seldom(self, count: int, share: float) -> bool:
+        return count <= max(2, share * len(self.texts))
 
 
 def _is_content(word: str) -> bool:
@@ -106,11 +107,12 @@ def _is_content(word: str) -> bool:
 def found_in(reply: str, facts: Sequence[str]) -> tuple[str, ...]:
     """Those of `facts` that `reply` names; a word of Latin letters or a number as a whole word, in any case."""
     folded = reply.casefold().replace("’", "'")
+    letter = rf"(?![{UNSPACED}])\w"  # 1984 in 1984年 is a whole number
 
     def stands(fact: str) -> bool:
         wanted = fact.casefold().replace("’", "'").strip()
-        left = r"(?<!\w)" if wanted[:1].isascii() else ""
-        right = r"(?!\w)" if wanted[-1:].isascii() else ""
+        left = rf"(?<!{letter})" if wanted[:1].isascii() else ""
+        right = rf"(?!{letter})" if wanted[-1:].isascii() else ""
         return bool(wanted) and re.search(left + re.escape(wanted) + right, folded) is not None
 
     return tuple(fact for fact in facts if stands(fact))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from persona.console import columns, excerpt, safe
 from persona.evaluation.figures import Copying, Estimate, FileScore, Recall, Replies, Sides, StyleReport
 from persona.evaluation.measuring import Matrix
+from persona.evaluation.results import Finding
 
 Row = tuple[str, ...]
 
@@ -101,6 +102,15 @@ def style(found: StyleReport) -> str:
             phrases.append((excerpt(phrase.text, 40), f"{phrase.author:.1f}", base, f"{phrase.rate.tuned:.1f}"))
         lines.append(columns(phrases))
     return "\n".join([*lines, *(f"  note: {safe(note)}" for note in found.notes)])
+
+
+def verdict(found: Sequence[Finding]) -> list[str]:
+    """The verdict, a finding a line, what to change below."""
+    lines = []
+    for finding in found:
+        lines.append(f"  - {safe(finding.text)}")
+        lines += [f"    To change it: {finding.setting}"] * (finding.setting is not None)
+    return lines
 
 
 def _sides(found: Sides, figures: Sequence[tuple[str, Callable]]) -> str:

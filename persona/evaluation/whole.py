@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from persona.copying import Copying as Searched
 from persona.copying import copied_spans, index_training
 from persona.decoding import greedy
-from persona.evaluation.figures import Copying, Exchange, Replies, Sides, Span, StyleReport
+from persona.evaluation.estimates import ratio, within
+from persona.evaluation.figures import Copying, Estimate, Exchange, Replies, Sides, Span, StyleReport
 from persona.evaluation.inputs import Subject
 from persona.evaluation.likeness import style_report
 from persona.evaluation.measuring import Loaded
@@ -112,6 +114,10 @@ class Copied:
     figures: Sides[Copying]
     spans: list[tuple[Span, ...]]
     """Of the tuned side's replies."""
+    share: Estimate
+    """Of the tuned side's tokens, with its interval over replies."""
+    by_author: float
+    """The same of the author's own held-out replies: what he repeats himself is his style."""
 
 
 def copied(subject: Subject, texts: Sides[list[str]]) -> Copied | None:
@@ -125,21 +131,25 @@ def copied(subject: Subject, texts: Sides[list[str]]) -> Copied | None:
         if turn["role"] == "assistant"
     ]
     index = index_training([text for text, _ in sources], elsewhere=texts.base or [])
-    marked: list[tuple[Span, ...]] = []
+    found = texts.each(lambda side: [copied_spans(reply, index) for reply in side])
+    own = [copied_spans(reply, index) for reply in _replies(subject.held_out.records)]
+    marked = [tuple(Span(s.start, s.end, sources[s.source][1]) for s in one.spans) for one in found.tuned]
+    said = [one for one in found.tuned if one.tokens]
+    parts, wholes = ([getattr(one, name) for one in said] for name in ("copied_tokens", "tokens"))
+    share = within(ratio(parts, wholes, subject.config.seed), 0.0, 1.0) if said else Estimate(0.0)
+    return Copied(found.each(lambda side: _copying(side, sources)), marked, share, _share(own))
 
-    def figures(replies: Sequence[str], keep: bool) -> Copying:
-        found = [copied_spans(reply, index) for reply in replies]
-        if keep:
-            marked.extend(tuple(Span(s.start, s.end, sources[s.source][1]) for s in one.spans) for one in found)
-        spans = [one.longest for one in found if one.longest is not None]
-        longest = max(spans, key=lambda span: span.tokens, default=None)
-        share = sum(one.copied_tokens for one in found) / max(sum(one.tokens for one in found), 1)
-        if longest is None:
-            return Copying(share, 0, "", "")
-        return Copying(share, longest.tokens, longest.text, sources[longest.source][1])
 
-    tuned = figures(texts.tuned, keep=True)
-    return Copied(Sides(tuned, None if texts.base is None else figures(texts.base, keep=False)), marked)
+def _share(found: Sequence[Searched]) -> float:
+    return sum(one.copied_tokens for one in found) / max(sum(one.tokens for one in found), 1)
+
+
+def _copying(found: Sequence[Searched], sources: Sequence[tuple[str, str]]) -> Copying:
+    spans = [one.longest for one in found if one.longest is not None]
+    longest = max(spans, key=lambda span: span.tokens, default=None)
+    if longest is None:
+        return Copying(_share(found), 0, "", "")
+    return Copying(_share(found), longest.tokens, longest.text, sources[longest.source][1])
 
 
 def exchanges(written: Written, spans: Sequence[tuple[Span, ...]] | None) -> tuple[Exchange, ...]:

@@ -45,7 +45,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Histogram:
-    """One distribution of each of the three over the same bins: shares that add up to 1; None where no text is."""
+    """One distribution of each of the three over the same bins, shares or rates as `unit` says; None: no text."""
 
     name: str
     label: str
