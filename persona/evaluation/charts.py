@@ -55,31 +55,30 @@ def curves(lines: Sequence[Line], unit: str, best: Point | None, note: str) -> s
 
 def histogram(labels: Sequence[str], shares: Sequence[Line], unit: str) -> str:
     """Distributions over the same bins, drawn over each other: the first filled, the others as outlines."""
+    used = [i for i in range(len(labels)) if any(line.points[i][1] for line in shares)] or [0]
+    shown = range(used[0], used[-1] + 1)  # without the bins at both ends that are empty on all sides
     ticks = nice_ticks(0, max((value for line in shares for _, value in line.points), default=0) or 1)
-    count = len(labels)
-    x = _scale(0, count, _LEFT, _WIDTH - _RIGHT)
+    x = _scale(shown.start, shown.stop, _LEFT, _WIDTH - _RIGHT)
     y = _scale(0, ticks[-1], _HEIGHT - _BOTTOM, _TOP)
     parts = [_grid(ticks, y)]
     for line in shares:
-        corners = [f"{x(i + end):.1f},{y(value):.1f}" for i, (_, value) in enumerate(line.points) for end in (0, 1)]
-        ends = (f"{x(0):.1f},{y(0):.1f}", f"{x(count):.1f},{y(0):.1f}")
+        corners = [(x(i + end), y(line.points[i][1])) for i in shown for end in (0, 1)]
+        around = [(x(shown.start), y(0)), *corners, (x(shown.stop), y(0))]
         parts.append(
-            f'<polyline class="outline {line.kind}" points="{" ".join((ends[0], *corners, ends[1]))}" '
+            f'<polyline class="outline {line.kind}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in around)}" '
             f'data-at="{escape(line.at)}" data-value="{_json([value for _, value in line.points])}"/>'
         )
-    every = max(1, math.ceil(count * max(map(len, labels), default=1) / 44))
-    below = f'y="{_HEIGHT - _BOTTOM + 14}" text-anchor="middle"'
-    parts += [
-        f'<text class="axis" x="{x(i + 0.5):.1f}" {below}>{escape(label)}</text>'
-        for i, label in enumerate(labels)
-        if i % every == 0
-    ]
-    for i, label in enumerate(labels):  # what the pointer shows over a bin
+    every = math.ceil(len(shown) * max(map(len, labels), default=1) / 44)
+    for i in shown:
+        if (i - shown.start) % every == 0:
+            parts.append(
+                f'<text class="axis" x="{x(i + 0.5):.1f}" y="{_HEIGHT - _BOTTOM + 14}" text-anchor="middle">'
+                f"{escape(labels[i])}</text>"
+            )
         values = ", ".join(f"{line.name} {line.points[i][1]:.3g}" for line in shares)
-        width, height = f"{x(1) - x(0):.1f}", _HEIGHT - _BOTTOM - _TOP
-        parts.append(
-            f'<rect class="bin" x="{x(i):.1f}" y="{_TOP}" width="{width}" height="{height}">'
-            f"<title>{escape(label)}: {escape(values)}</title></rect>"
+        parts.append(  # what the pointer shows over a bin
+            f'<rect class="bin" x="{x(i):.1f}" y="{_TOP}" width="{x(i + 1) - x(i):.1f}" '
+            f'height="{_HEIGHT - _BOTTOM - _TOP}"><title>{escape(labels[i])}: {escape(values)}</title></rect>'
         )
     return _chart(parts, unit, [(line.name, line.kind) for line in shares], unit)
 

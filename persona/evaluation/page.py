@@ -43,7 +43,7 @@ def report_page(evaluation: Evaluation) -> str:
         ("Not measured", _missing(evaluation)),
         ("Data", _data(evaluation.data)),
         ("Configuration", _configuration(evaluation.settings)),
-        ("Versions and hashes", _pairs(evaluation.versions) + _pairs(evaluation.hashes)),
+        ("Versions and hashes", _pairs(evaluation.versions) + _hashes(evaluation)),
     ]
     body = "".join(f"<section><h2>{title}</h2>{inner}</section>" for title, inner in sections if inner)
     return document(f"Report: {evaluation.name}", f"<main>{_head(evaluation)}{body}</main>", "report.css")
@@ -52,7 +52,18 @@ def report_page(evaluation: Evaluation) -> str:
 def _head(evaluation: Evaluation) -> str:
     about = f"{_KINDS[evaluation.kind]}, {escape(evaluation.language)}, seed {number(evaluation.seed, 'seed', whole)}"
     headline = style_section.headline(evaluation.style) if evaluation.style else ""
+    if not headline:
+        headline = f'<p class="warn">How far it has come from base to author was not measured. {_way(evaluation)}</p>'
     return f'<h1><span class="name">{escape(evaluation.name)}</span></h1><p class="quiet">{about}</p>{headline}'
+
+
+def _way(evaluation: Evaluation) -> str:
+    """What to do to have the headline."""
+    if evaluation.kind == "texts" and not (evaluation.style and evaluation.style.diversity.base):
+        return "Give the base model’s texts too, with --base-texts FILE."
+    if evaluation.kind == "model":
+        return "A merged model has no base beside it: measure its adapter, or its texts with --base-texts FILE."
+    return "It takes a held-out file with enough text; the notes under Style say how much was there."
 
 
 def _verdict(findings: tuple[Finding, ...]) -> str:
@@ -135,15 +146,18 @@ def _pairs(found: dict[str, str] | None) -> str:
     return f'<table class="pairs">{rows}</table>' if rows else ""
 
 
+def _hashes(evaluation: Evaluation) -> str:
+    """SHA-256 of what was measured, but for the files, which stand under Data."""
+    files = {data.sha256 for data in evaluation.data}
+    return _pairs({name: digest for name, digest in (evaluation.hashes or {}).items() if digest not in files})
+
+
 def _missing(evaluation: Evaluation) -> str:
     """What is not on the page, and what to do to have it there."""
     texts = evaluation.kind == "texts"
     roles = {score.role for score in evaluation.scores}
     held_out = "Give conversations that were not learned, with --data FILE."
     asked = "A file of texts has no model that could be asked: measure a run or a merged model."
-    way = (
-        "Give the base model’s texts too, with --base-texts FILE." if texts else "Only an adapter has a base beside it."
-    )
     control = "Give neutral text, or another author’s, as conversations with --control FILE."
     of_a_run = "It is kept in the folder of a run: measure outputs/NAME."
     found = {
@@ -151,7 +165,7 @@ def _missing(evaluation: Evaluation) -> str:
         "Forgetting": ("control" in roles, asked if texts else control),
         "Replies": (evaluation.replies, "The texts need what was really said beside them." if texts else held_out),
         "Style": (evaluation.style, held_out),
-        "The way from base to author": (evaluation.style and evaluation.style.headline, way),
+        "The way from base to author": (evaluation.style and evaluation.style.headline, _way(evaluation)),
         "Memory of the settings": (evaluation.recall, asked if texts else "Give records of the type settings_qa."),
         "Copying": (
             evaluation.copying,

@@ -90,10 +90,9 @@ def _question(question: Question, names: dict[str, str]) -> str:
             _answer(side, names[side] + label, getattr(sides, side), question.facts) for side in reversed(_sides(sides))
         ]
     tuned = question.with_system.tuned
-    state = "all" if set(question.facts) <= set(tuned.found) else "some" if tuned.found else "none"
     learned = "learned as it stands" if question.trained else "held out"
     return (
-        f'<details class="question {state}"><summary><span class="said-inline">{escape(question.question)}</span> '
+        f'<details class="question"><summary><span class="said-inline">{escape(question.question)}</span> '
         f'<span class="facts">{_facts(question.facts, tuned)}</span></summary>'
         f'<p class="quiet">{learned}; reference: <q>{escape(question.reference)}</q></p>'
         f'<div class="columns">{"".join(answers)}</div></details>'

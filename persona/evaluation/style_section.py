@@ -13,23 +13,28 @@ _ROWS = 16  # classes of one distribution that are drawn, the author's most freq
 
 def style(report: StyleReport, names: dict[str, str]) -> str:
     """The distances, the distributions drawn over each other, and the catch-phrases."""
-    notes = "".join(f'<p class="warn words">{escape(note)}</p>' for note in report.notes)
     about = (
-        f'<p class="quiet">From {number(report.texts, "style.texts", whole)} texts of each; words by '
-        f"<q>{escape(report.words)}</q>. A distance is judged beside two others: the author’s own halves from each "
+        f'<p class="quiet">From {number(report.texts, "style.texts", whole)} texts of each (words: '
+        f"<q>{escape(report.words)}</q>). A distance is judged beside two others: the author’s own halves from each "
         "other, than which nothing can be nearer, and the base.</p>"
     )
     drawn = "".join(
         _distribution(found, f"style.distributions.{i}", names) for i, found in enumerate(report.distributions)
     )
     return (
-        notes
+        _notes(report.notes)
         + about
         + _distances(report.distances, names)
         + (f'<h3>What the texts are made of</h3><div class="charts">{drawn}</div>' if drawn else "")
         + _phrases(report, names)
         + _diversity(report, names)
     )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    lines = [f'<p class="words">{escape(note)}</p>' for note in notes]
+    more = f"<details><summary>{len(lines) - 1} more</summary>{''.join(lines[1:])}</details>" if len(lines) > 1 else ""
+    return f'<div class="warn">{lines[0]}{more}</div>' if lines else ""
 
 
 def _sides(found: Sequence[Sides[float]]) -> list[str]:
