@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from persona.history import History, Points
 
-# Between the evaluations of updates 36 and 54 of the default run the loss of a single token moved by 0.14 nats (standard
-# deviation over 1,197 tokens); tokens of a reply move together, so that their mean is as uncertain as with 0.20. Twice
-# that, since weights move further in a run that overfits.
+# Between updates 36 and 54 of the default run the loss of a single token moved by 0.14 nats (standard deviation over
+# 1,197 tokens); tokens of a reply move together, so that their mean is as uncertain as with 0.20. Twice that, since
+# weights move further in a run that overfits.
 SPREAD = 0.4
 SIGMAS = 2.0  # such a difference comes by chance about once in twenty
 TOO_LITTLE = 0.02  # nats, a perplexity lower by 2 %: nobody would hear it
