@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from persona.errors import DataError, UsageError
 from persona.evaluation import commands, measuring
 from persona.evaluation.inputs import read_controls, read_subject
 from persona.evaluation.predictions import read_predictions
+from persona.evaluation.results import read_evaluation
 from persona.evaluation.score import example_losses
 from persona.records import read_records
 from persona.run import finetune
@@ -46,7 +48,7 @@ def home(tmp_path_factory, tiny_model):
         held_out=6,
         data=data,
         lora={"lora_dropout": 0, "r": 8, "lora_alpha": 16},
-        training={"num_train_epochs": 6},
+        training={"num_train_epochs": 4},
         generation={"max_new_tokens": 24, "temperature": 0.5},
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +129,7 @@ def test_a_matrix_of_two_runs_has_its_lowest_figures_on_the_diagonal(home, tiny_
             if message["role"] == "assistant":
                 message["content"] = message["content"].upper()[::-1]
     made = config(
-        other, tiny_model, lora={"lora_dropout": 0, "r": 8, "lora_alpha": 16}, training={"num_train_epochs": 6}
+        other, tiny_model, lora={"lora_dropout": 0, "r": 8, "lora_alpha": 16}, training={"num_train_epochs": 4}
     )
     write_jsonl(other / "train.jsonl", records[:10])
     write_jsonl(other / "val.jsonl", records[10:])
@@ -199,6 +201,112 @@ def test_training_data_that_is_gone_is_said(home, tmp_path):
     subject = subject_of(str(tmp_path / "run"))
     assert any("gone.jsonl" in note for note in subject.notes)
     assert len(subject.trained) == 6  # the settings are still there
+
+
+def test_the_report_holds_everything_and_every_part_agrees(home, tmp_path):
+    control = write_jsonl(tmp_path / "neutral.jsonl", conversations(6))
+    subject = subject_of(output=tmp_path / "report")
+    said, report = lines()
+    found = commands.run_report(subject, read_controls([control]), False, 8, 3, report)
+    assert read_evaluation(tmp_path / "report") == found
+    assert (found.name, found.kind, found.language, found.seed) == ("tiny", "adapter", "en", 0)
+    assert [score.role for score in found.scores] == ["held_out", "control"]
+    tuned, base = (read_predictions(tmp_path / "report" / f"predictions{side}.json") for side in ("", "_base"))
+    assert [one.said.tuned for one in found.exchanges] == [one.predict for one in tuned]
+    assert [one.said.base for one in found.exchanges] == [one.predict for one in base]
+    assert found.replies.tuned.count == found.replies.base.count == 6
+    assert len(found.recall.questions) == 3
+    assert found.recall.facts_given
+    assert all(one.trained for one in found.recall.questions)
+    assert found.copying.tuned.share >= found.copying.base.share
+    assert {finding.code for finding in found.verdict} & {"best", "not_learned"}
+    assert found.curve.held_out[0][0] == 0
+    assert found.curve.best == found.curve.held_out[-1][0]
+    assert found.settings["data"]["max_length"] == 256
+    assert [one.file for one in found.data] == ["train.jsonl", "settings.jsonl", "val.jsonl"]
+    assert {"base", "adapter", "val.jsonl"} <= found.hashes.keys()
+    assert "sacrebleu" in found.versions
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert f"{found.scores[0].score.tuned.perplexity.value:.2f}"[:3] in page
+    again = commands.run_report(subject, read_controls([control]), False, 2, 3, report)
+    assert again == found  # of the finished replies, that is; another batch size is another test
+
+
+def test_texts_are_reported_with_and_without_a_base(home, tmp_path):
+    target, base = tmp_path / "theirs.txt", tmp_path / "before.txt"
+    target.write_text("\n".join(f"Aye, I keep the lamp. Mind the tide, {i}." for i in range(40)), encoding="utf-8")
+    base.write_text("\n".join(f"Hello, how can I help you on day {i}?" for i in range(40)), encoding="utf-8")
+    author = write_jsonl(tmp_path / "author.jsonl", conversations(40))
+    options = {"settings": home / RUN / "config.json", "data": author, "output": tmp_path / "out"}
+    alone = commands.run_report(subject_of(str(target), **options), [], False, 8, None, lambda _: None)
+    assert (alone.kind, alone.scores, alone.recall, alone.curve, alone.style.headline) == (
+        "texts",
+        (),
+        None,
+        None,
+        None,
+    )
+    assert alone.replies.base is None
+    assert len(alone.style.distances) > 3
+    both = commands.run_report(subject_of(str(target), base_texts=base, **options), [], False, 8, None, lambda _: None)
+    assert both.style.headline.value > 0.3
+    assert both.style.headline.low is not None
+    assert both.replies.base.chrf < both.replies.tuned.chrf
+    pairs = [(one.distance.tuned, one.distance.base) for one in both.style.distances]
+    assert sum(tuned < base for tuned, base in pairs) > len(pairs) / 2
+
+
+def script(monkeypatch, *words):
+    """The exit code of evaluate_model.py."""
+    import evaluate_model
+    from persona.console import run_script
+
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        run_script(evaluate_model.main)
+    return ended.value.code
+
+
+def test_from_predictions_to_a_scored_sheet(home, tmp_path, monkeypatch, capsys):
+    assert script(monkeypatch, "ab-make", RUN, "--output", tmp_path) == 2
+    assert "evaluate_model.py predict" in capsys.readouterr().err
+    assert script(monkeypatch, "predict", RUN, "--output", tmp_path) == 0
+    assert script(monkeypatch, "ab-make", RUN, "--output", tmp_path) == 0
+    key = json.loads((tmp_path / "ab_key.json").read_text(encoding="utf-8"))
+    choices = [
+        {"id": pair["id"], "choice": "left" if pair["left"] == "tuned" else "right", "comment": ""}
+        for pair in key["pairs"]
+    ]
+    answers = tmp_path / "answers.json"
+    answers.write_text(
+        json.dumps({"format": "ab-answers-1", "sheet": key["sheet"], "rater": "a", "answers": choices}),
+        encoding="utf-8",
+    )
+    assert script(monkeypatch, "ab-score", answers, tmp_path / "ab_key.json") == 0
+    assert "tuned was preferred" in capsys.readouterr().out
+    score = json.loads((tmp_path / "ab_score.json").read_text(encoding="utf-8"))
+    assert score["overall"]["wins"] == len(choices)
+    files = [tmp_path / name for name in ("predictions.json", "predictions_base.json")]
+    assert script(monkeypatch, "ab-make", *files, "--output", tmp_path / "two") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("score", "nowhere", "--config", "outputs/tiny/config.json"), 2, "nowhere"),
+        (("predict", "outputs/tiny", "outputs/tiny"), 2, "takes one PATH"),
+        (("score", "outputs/tiny", "--data", "none.jsonl"), 3, "none.jsonl"),
+        (("report", "outputs/tiny", "--control", "none.jsonl"), 3, "none.jsonl"),
+        (("report", "outputs/tiny", "--batch-size", "0"), 2, "from 1"),
+        (("ab-score", "one.json"), 2, "ab-score takes"),
+        (("ab-make", "a", "b", "c"), 2, "two files"),
+    ],
+)
+def test_a_mistake_is_named_and_no_traceback_is_shown(home, monkeypatch, capsys, words, code, says):
+    assert script(monkeypatch, *words) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
 
 
 def test_a_model_that_is_broken_is_said_to_be(home, fmt_examples):
