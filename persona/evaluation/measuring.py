@@ -34,10 +34,12 @@ def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch) -> Load
     """
     if subject.base is None:
         raise UsageError(f"{subject.name} is a file of texts: it has no perplexity and cannot answer. Name a model.")
-    held_in_4bit = subject.config.quantization.load_in_4bit if subject.kind == "adapter" else in_4bit
-    speaker = load_speaker(subject.config, subject.base, subject.adapter, held_in_4bit)
+    quantization = subject.config.quantization
+    if subject.kind != "adapter":
+        quantization = quantization.model_copy(update={"load_in_4bit": in_4bit})
+    speaker = load_speaker(subject.config, subject.base, subject.adapter, quantization.load_in_4bit)
     precision = choose_precision(subject.config.training.precision, speaker.model.device)
-    identity = identity_of(subject.base, subject.adapter, held_in_4bit)
+    identity = identity_of(subject.base, subject.adapter, quantization)
     return Loaded(subject, speaker, precision, Writer(speaker, batch_size, identity, subject.output / CACHE, watch))
 
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from persona.config import Generation
+from persona.config import Generation, Quantization
 from persona.dataset import with_system
 from persona.decoding import Decoding
 from persona.evaluation.figures import Sides
@@ -46,10 +46,11 @@ class Writer:
             return Sides(ask(True, "tuned"), ask(False, "base"))
 
 
-def identity_of(base: Path, adapter: Path | None, in_4bit: bool) -> str:
+def identity_of(base: Path, adapter: Path | None, quantization: Quantization) -> str:
     """What tells one model's replies from another's: base, adapter, and how the base is held."""
+    held = quantization.model_dump_json() if quantization.load_in_4bit else "16 bits"
     own = file_sha256(adapter / ADAPTER_WEIGHTS) if adapter is not None else "no adapter"
-    return f"{fingerprint(base)} {own} {'4 bits' if in_4bit else '16 bits'}"
+    return f"{fingerprint(base)} {own} {held}"
 
 
 def sampled(settings: Generation, seed: int) -> Decoding:
