@@ -68,7 +68,7 @@ def columns(rows: Iterable[Sequence[str]]) -> str:
 
 def progress(step: str) -> Callable[[int, int, float | None], None]:
     """Shows how far `step` is, with the time left: in place on a terminal, else now and then on a line of its own."""
-    shown_at = 0.0
+    shown_at = float("-inf")
 
     def show(done: int, total: int, seconds: float | None) -> None:
         nonlocal shown_at
