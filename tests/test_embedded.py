@@ -190,3 +190,28 @@ def test_the_readme_shows_what_is_really_printed(outputs):
 def test_curves_are_drawn(outputs, folder):
     assert (folder / "outputs" / "tamsin" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert Path(folder / "logs" / "tamsin").is_dir()
+
+
+def test_a_batch_gives_the_same_replies_as_one_prompt_after_the_other(outputs, folder, embedded):
+    import torch
+
+    from persona.artifacts import locate, run_settings
+    from persona.decoding import greedy
+    from persona.generation import load_speaker
+    from persona.records import read_records
+    from persona.replies import reply_to_all
+
+    run = str(folder / "outputs" / "tamsin")
+    made = run_settings(run, None, ["training.precision=fp32"])
+    speaker = load_speaker(made, embedded, locate(made, run, False)[1], in_4bit=True)
+    system = {"role": "system", "content": speaker.card.system_prompt}
+    held_out = read_records(folder / "data" / "tamsin" / "val.jsonl")[:8]
+    prompts = [[system, *record.turns[:-1]] for record in held_out]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(CORES))
+    try:
+        alone, together = (reply_to_all(speaker, prompts, greedy(16), n, True, None, lambda *_: None) for n in (1, 8))
+    finally:
+        torch.set_num_threads(threads)
+    assert together == alone
+    assert len({reply.text for reply in alone}) > 4

@@ -1,41 +1,56 @@
 """A comparison of styles as the report shows it."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 from persona.evaluation.figures import Distance, Distribution, Diversity, Estimate, Phrase, Sides, StyleReport
+from persona.style import compare
 from persona.style.results import Comparison, Level
 from persona.style.results import Estimate as Measured
 
+Side = Literal["author", "base", "tuned"]
+_VARIETY = {"distinct_1": "distinct_1", "distinct_2": "distinct_2", "mattr": "moving_ttr", "self_bleu": "self_bleu"}
 
-def style_report(found: Comparison) -> StyleReport:
-    """The figures of `found` for the page and for programs; those that could not be measured become notes."""
-    by_name = {level.name: level for level in found.diversity}
-    sides = [_diversity(by_name, side) for side in ("tuned", "base", "author")]
-    unmeasured = [
-        f"{far.label}: {reason}"
-        for far in found.distances
-        if (reason := far.tuned.reason or far.ceiling.reason) is not None
-    ]
+
+def likeness(author: Sequence[str], texts: Sides[list[str]], seed: int) -> StyleReport:
+    """How near to `author` both sides of `texts` write; without a base there are distances but no headline."""
+    if texts.base is None:
+        return _report(compare(author, texts.tuned, seed=seed), "base", texts)
+    return _report(compare(author, texts.base, texts.tuned, seed=seed), "tuned", texts)
+
+
+def _report(found: Comparison, measured: Side, texts: Sides[list[str]]) -> StyleReport:
+    """The figures of `found`, where `measured` is called what here is the tuned side."""
+    has_base = measured == "tuned"
+    reasons = dict.fromkeys(
+        estimate.reason
+        for far in (found.distance, *found.distances)
+        for estimate in (far.ceiling, far.floor, *([far.tuned] if has_base else []))
+        if estimate.reason is not None
+    )
     return StyleReport(
-        headline=_estimate(found.score),
+        headline=_estimate(found.score) if has_base else None,
         words=found.words,
-        texts=found.tuned.texts if found.tuned is not None else 0,
+        texts=len(texts.tuned),
         distances=tuple(
-            Distance(far.label, author, Sides(far.tuned.value, far.floor.value))
+            Distance(far.label, author, Sides(tuned, far.floor.value if has_base else None))
             for far in found.distances
-            if far.tuned.value is not None and (author := _estimate(far.ceiling)) is not None
+            if (tuned := far.tuned.value if has_base else far.floor.value) is not None
+            and (author := _estimate(far.ceiling)) is not None
         ),
         distributions=tuple(
-            Distribution(one.label, one.bins, one.author, Sides(one.tuned, one.base))
+            Distribution(one.label, one.bins, one.author, Sides(tuned, one.base if has_base else None))
             for one in found.histograms
-            if one.author is not None and one.tuned is not None
+            if one.author is not None and (tuned := getattr(one, measured)) is not None
         ),
         phrases=tuple(
-            Phrase(phrase.text, phrase.author, Sides(phrase.tuned, phrase.base))
+            Phrase(phrase.text, phrase.author, Sides(tuned, phrase.base if has_base else None))
             for phrase in found.phrases
-            if phrase.tuned is not None
+            if (tuned := getattr(phrase, measured)) is not None
         ),
-        diversity=Sides(sides[0], sides[1] if found.base.texts else None),
-        author_diversity=sides[2],
-        notes=(*found.notes, *([f"No headline: {found.score.reason}"] if found.score.reason else []), *unmeasured),
+        diversity=Sides(_diversity(found, measured), _diversity(found, "base") if has_base else None),
+        author_diversity=_diversity(found, "author"),
+        notes=(*found.notes, *(f"not measured: {reason}" for reason in reasons)),
     )
 
 
@@ -43,9 +58,9 @@ def _estimate(found: Measured) -> Estimate | None:
     return None if found.value is None else Estimate(found.value, found.low, found.high)
 
 
-def _diversity(levels: dict[str, Level], side: str) -> Diversity:
-    values = {
-        name: getattr(levels[name], side).value if name in levels else None
-        for name in ("distinct_1", "distinct_2", "mattr", "self_bleu")
-    }
+def _diversity(found: Comparison, side: Side) -> Diversity:
+    levels: dict[str, Level] = {level.name: level for level in found.diversity}
+    values = {name: getattr(levels[theirs], side).value for name, theirs in _VARIETY.items()}
+    if values["self_bleu"] is not None:
+        values["self_bleu"] *= 100
     return Diversity(**values)

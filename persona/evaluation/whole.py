@@ -13,7 +13,7 @@ from persona.decoding import greedy
 from persona.evaluation.estimates import ratio, within
 from persona.evaluation.figures import Copying, Estimate, Exchange, Replies, Sides, Span, StyleReport
 from persona.evaluation.inputs import Subject
-from persona.evaluation.likeness import style_report
+from persona.evaluation.likeness import likeness
 from persona.evaluation.measuring import Loaded
 from persona.evaluation.predictions import Prediction, asked, figures_of, other_speakers
 from persona.evaluation.recall import Recall, questions, recall_of
@@ -25,7 +25,6 @@ from persona.identity import LIBRARIES
 from persona.records import Record, rank, read_records
 from persona.render import Message
 from persona.storage import ADAPTER_WEIGHTS
-from persona.style import compare
 from persona.style.units import language
 
 
@@ -102,9 +101,7 @@ def samples(loaded: Loaded, limit: int | None) -> Sides[list[str]]:
 
 def style_of(subject: Subject, texts: Sides[list[str]]) -> StyleReport:
     """How near to the author's held-out text both sides write."""
-    return style_report(
-        compare(_replies(subject.held_out.records), texts.base or [], texts.tuned, seed=subject.config.seed)
-    )
+    return likeness(_replies(subject.held_out.records), texts, subject.config.seed)
 
 
 @dataclass(frozen=True)
