@@ -274,7 +274,7 @@ def test_known_answers_give_the_figures_of_scipy(tmp_path):
     assert (found.rate_low, found.rate_high) == pytest.approx((interval.low, interval.high))
     assert found.log_odds == pytest.approx(math.log(2.6))
     said = describe(score_sheet([path], sheet.key))
-    assert "tuned was preferred to base in 26 of 36 decided pairs: 72%, 95 % interval 56% to 84%" in said
+    assert "tuned was preferred to base in 26 of 36 decided pairs: 72 %, 95 % interval 56 % to 84 %" in said
     assert "exact p = 0.0113; 4 ties" in said
 
 
@@ -294,7 +294,7 @@ def test_several_readers_count_by_their_majority(tmp_path):
     counts = [Counter(choices) for choices in chosen]
     chance = sum(counts[0][c] * counts[1][c] for c in ("left", "right", "tie")) / 144
     assert score.agreement[0].kappa == pytest.approx((8 / 12 - chance) / (1 - chance))
-    assert "Ada and Bo gave the same answer to 67% of the pairs" in describe(score)
+    assert "Ada and Bo gave the same answer to 67 % of the pairs" in describe(score)
     assert json.loads(json.dumps(score.as_json()))["overall"]["wins"] == 8
 
 

@@ -149,6 +149,35 @@ def test_the_merged_model_is_as_good_as_base_and_adapter(outputs, folder, embedd
     assert losses[0] < losses[2] - 0.05
 
 
+def test_a_tree_of_its_examples_gives_the_loss_and_gradients_of_one_example_a_row(embedded, one_thread):
+    from datetime import date
+
+    import torch
+    from test_packing import assert_same, measured, packed_result, plain_loss
+
+    from persona.attention import NAME
+    from persona.config import Lora, Quantization
+    from persona.dataset import read_system_prompt, render_records
+    from persona.fused import fuse
+    from persona.modeling import add_adapter, load_base, load_tokenizer
+    from persona.records import read_records
+    from persona.render import chat_format
+
+    fmt = chat_format(load_tokenizer(embedded, None, date.today()))
+    card = read_system_prompt(f"@{ROOT / 'data' / 'tamsin' / 'card.txt'}", "")
+    examples = render_records(read_records(ROOT / "data" / "tamsin" / "val.jsonl")[:3], fmt, card, 1024).examples
+    base = load_base(embedded, Quantization(load_in_4bit=False), "fp32", torch.device("cpu"))
+    tuned = add_adapter(base, Lora(r=16, lora_dropout=0.0), 0, "").train()
+    torch.manual_seed(1)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    wanted = measured(tuned, (plain_loss(tuned, example) for example in examples))
+    tuned.get_base_model().set_attn_implementation(NAME)
+    fuse(tuned)
+    assert_same(packed_result(tuned, examples, 10**6, share=True), wanted)
+
+
 def test_the_readme_shows_what_is_really_printed(outputs):
     shown = "".join(blocks("README.md", ""))
     for start in ("python convert_dataset.py", "python merge_lora_to_fp16.py"):

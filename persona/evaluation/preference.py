@@ -147,11 +147,11 @@ def sentence(found: Preference, first: str, second: str) -> str:
     decided = found.wins + found.losses
     if found.rate is None or found.rate_low is None or found.rate_high is None:
         return f"All {found.ties} pairs are ties: readers could not tell {first} from {second}."
-    interval = f"{found.rate_low:.0%} to {found.rate_high:.0%}"
+    interval = f"{_percent(found.rate_low)} to {_percent(found.rate_high)}"
     odds = f"{found.log_odds:+.2f} ({found.log_odds_low:+.2f} to {found.log_odds_high:+.2f})"
     sure = "" if found.p < 0.05 else " That may be chance: more pairs or readers would tell."
     return (
-        f"{first} was preferred to {second} in {found.wins} of {decided} decided pairs: {found.rate:.0%}, 95 % "
+        f"{first} was preferred to {second} in {found.wins} of {decided} decided pairs: {_percent(found.rate)}, 95 % "
         f"interval {interval}, exact p = {_p(found.p)}; {found.ties} ties. "
         f"Log odds {odds}, odds {math.exp(found.log_odds):.2f}."
         f"{sure}"
@@ -159,14 +159,16 @@ def sentence(found: Preference, first: str, second: str) -> str:
 
 
 def _counts(found: Preference) -> str:
-    rate = "" if found.rate is None else f", {found.rate:.0%} (p = {_p(found.p)})"
+    rate = "" if found.rate is None else f", {_percent(found.rate)} (p = {_p(found.p)})"
     return f"{found.wins} won, {found.losses} lost, {found.ties} ties{rate}"
 
 
 def _agreed(agreement: Agreement) -> str:
     first, second = (excerpt(name, 30) for name in agreement.raters)
     kappa = "not defined, as both gave one answer only" if agreement.kappa is None else f"{agreement.kappa:.2f}"
-    return f"{first} and {second} gave the same answer to {agreement.share:.0%} of the pairs; Cohen's kappa {kappa}."
+    return (
+        f"{first} and {second} gave the same answer to {_percent(agreement.share)} of the pairs; Cohen's kappa {kappa}."
+    )
 
 
 def _habit(rater: Rater) -> str | None:
@@ -182,3 +184,7 @@ def _habit(rater: Rater) -> str | None:
 
 def _p(value: float) -> str:
     return f"{value:.4f}" if value >= 0.0001 else f"{value:.1e}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
