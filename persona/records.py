@@ -9,17 +9,19 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from persona.console import excerpt
-from persona.errors import DataError, EnvironmentFault
+from persona.errors import DataError
 
 ROLES = ("system", "user", "assistant")
+_ROLE_HEADS = {role: f'{{"role": "{role}", "content": '.encode() for role in ROLES}
 _KEYS = {"role", "content"}
 MAX_DEPTH = 64  # deeper JSON is an attack or an accident; Python's own limit would end in a RecursionError
 MAX_DIGITS = 1000  # Python refuses to read or print integers of more than 4,300 digits
@@ -52,21 +54,34 @@ class Record:
         """The messages without the system message: user and assistant in turn."""
         return self.messages if self.system is None else self.messages[1:]
 
-    def to_json(self) -> str:
-        """The record as one line of JSON, without the newline."""
-        said = [
-            f'{{"role": "{message["role"]}", "content": {_QUOTE(message["content"])}}}' for message in self.messages
-        ]
-        return f'{{"messages": [{", ".join(said)}], "meta": {_to_json(self.meta)}}}'
+    def encoded(self) -> bytes:
+        """The record as one line of JSON in UTF-8, without the newline; a RecordFault for half of a character."""
+        try:
+            quoted = orjson.dumps([message["content"] for message in self.messages], option=orjson.OPT_INDENT_2)
+            meta = _to_json(self.meta).encode("utf-8")
+        except (UnicodeEncodeError, orjson.JSONEncodeError):
+            raise self._surrogate() from None
+        texts = quoted[4:-2].split(b",\n  ")  # a line each: within a text a newline is written \n
+        said = [_ROLE_HEADS[message["role"]] + text for message, text in zip(self.messages, texts, strict=True)]
+        return b'{"messages": [' + b"}, ".join(said) + b'}], "meta": ' + meta + b"}"
+
+    def _surrogate(self) -> RecordFault:
+        texts = enumerate(message["content"] for message in self.messages)
+        place = next((f"$.messages[{i}].content" for i, text in texts if SURROGATE.search(text)), "$.meta")
+        fix = "export the text again as UTF-8"
+        return RecordFault("SURROGATE", place, "half of a character (a lone surrogate)", fix)
 
 
-def check_messages(messages: object) -> tuple[dict[str, str], ...]:
-    """`messages` as they are if they form a conversation that can be learned, else a RecordFault."""
+def check_messages(messages: object, encodable: bool = False) -> tuple[dict[str, str], ...]:
+    """`messages` as they are if they form a conversation that can be learned, else a RecordFault.
+
+    `encodable` says that the texts are known to hold no half characters.
+    """
     if not isinstance(messages, list | tuple) or not messages:
         raise RecordFault(
             "NO_MESSAGES", "$.messages", f"found {_show(messages)}", "write a list of at least a user and an assistant"
         )
-    if _is_plain(messages):
+    if _is_plain(messages, encodable):
         return tuple(messages)
     checked = tuple(_check_message(message, f"$.messages[{number}]") for number, message in enumerate(messages))
     first = 1 if checked[0]["role"] == "system" else 0
@@ -83,7 +98,7 @@ def check_messages(messages: object) -> tuple[dict[str, str], ...]:
     return checked
 
 
-def _is_plain(messages: Sequence[Any]) -> bool:
+def _is_plain(messages: Sequence[Any], encodable: bool) -> bool:
     """Whether messages are beyond doubt, as nearly all are; the others are looked at one by one."""
     wanted = "user"
     for message in messages:
@@ -94,7 +109,7 @@ def _is_plain(messages: Sequence[Any]) -> bool:
             return False
         if not isinstance(content, str) or not content or content.isspace():
             return False
-        if not (content.isascii() or content.replace("\n", "").isprintable()):  # it may hold a surrogate
+        if not (encodable or content.isascii() or content.replace("\n", "").isprintable()):  # it may hold a surrogate
             return False
         wanted = "assistant" if role == "user" else "user"
     return messages[-1]["role"] == "assistant"
@@ -248,35 +263,9 @@ def _record_of(line: bytes) -> Record:
     if not isinstance(meta, dict):
         raise RecordFault("META", "$.meta", f"found {_show(meta)}", "write an object, or leave it out")
     record = Record(check_messages(value["messages"]), meta)
-    if "\\u" in text and SURROGATE.search(record.to_json()):  # UTF-8 holds one only as an escape
-        raise RecordFault(
-            "SURROGATE", "$.meta", "half of a character (a lone surrogate)", "export the text again as UTF-8"
-        )
+    if "\\u" in text:  # UTF-8 holds half of a character only as an escape
+        record.encoded()
     return record
-
-
-def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
-    """Write `records` as JSONL; the file is complete or untouched."""
-    write_lines(path, (record.to_json() for record in records))
-
-
-def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write a UTF-8 text file in one step: what stands at `path` is the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        fix = "Choose another folder, or free space and permissions."
-        raise EnvironmentFault(f"{path} cannot be written: {error.strerror}. {fix}") from error
-    finally:
-        with suppress(OSError):  # gone after a success; where nothing can be written, nothing can be removed
-            temporary.unlink()
 
 
 def rank(seed: int, key: str) -> str:
@@ -289,6 +278,7 @@ def repeat_weighted(records: Sequence[Record], weight: float, seed: int) -> list
     if not 0 <= weight < math.inf:
         raise ValueError(f"weight must be a number of at least 0, not {weight}")
     whole = math.floor(weight)
-    ranked = sorted(range(len(records)), key=lambda index: (rank(seed, records[index].to_json()), index))
+    places = [rank(seed, record.encoded().decode("utf-8")) for record in records]
+    ranked = sorted(range(len(records)), key=lambda index: (places[index], index))
     once_more = set(ranked[: round((weight - whole) * len(records))])
     return [record for index, record in enumerate(records) for _ in range(whole + (index in once_more))]

@@ -14,7 +14,7 @@ from persona.generation import text_of
 from persona.modeling import stop_ids
 from persona.render import ChatFormat
 
-SAMPLE_TOKENS = 64  # enough to hear a voice; each token costs the run as much as the next
+SAMPLE_TOKENS = 48  # enough to hear a voice; each token costs the run as much as the next
 
 
 @dataclass(frozen=True)

@@ -280,6 +280,7 @@ TOOL = (("h", "t"), ("function_call", "{}"), ("observation", "{}"), ("g", "done"
     ("row", "options", "expected"),
     [
         (talk(("皇上", "hi"), ("甄嬛", "ho")), {"role_map": PALACE}, SAID),
+        (talk(("g", "hi"), ("h", "ho")), {"role_map": parse_role_map('{"gpt": "user", "human": "assistant"}')}, SAID),
         (talk(("g", "hello"), *PAIR), {"leading_assistant": "keep"}, [OPENING, ("a", "hello"), *SAID]),  # 44
         (talk(("g", "hello"), *PAIR), {}, SAID),
         (talk(("h", "hi"), ("h", "you"), ("g", "ho")), {"merge_consecutive": True}, [("u", "hi\nyou"), ("a", "ho")]),
@@ -305,6 +306,11 @@ def test_splitting_around_a_long_turn_keeps_the_account():
     conversion = convert_data([row], too_long="split", max_chars=100)
     assert (conversion.report["read"], len(conversion.records)) == (2, 2)
     assert {record.meta["group"] for record in conversion.records} == {"in.txt#1"}
+
+
+def test_a_turn_is_too_long_by_what_is_left_of_it():
+    row = talk(("h", "a@example.com " * 10), ("g", "ho"))
+    assert len(convert_data([row], redact=True, max_chars=100).records) == 1
 
 
 def test_unknown_roles_are_counted():

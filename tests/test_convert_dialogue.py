@@ -218,3 +218,24 @@ def test_the_character_must_be_named_and_known():
 def test_crlf_and_lone_cr_lines():
     for end in ("\r\n", "\r"):
         assert said(convert(end.join(["A: one", "B: two"]), "B")) == [[("u", "one"), ("a", "two")]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "**Kai:** hello\n\n**Nova**: ho\n\n**Kai:** *waves* bye\n\n**Nova:** bye\n",
+        "第一幕\n\nKai　hello\nNova　ho\nKai　*waves* bye\nNova　bye\n",
+    ],
+)
+def test_other_marks_of_a_name(text):
+    speeches = dialogue.parse(text).speeches
+    assert [(speech.speaker, speech.text) for speech in speeches] == [
+        ("Kai", "hello"),
+        ("Nova", "ho"),
+        ("Kai", "*waves* bye"),
+        ("Nova", "bye"),
+    ]
+
+
+def test_indented_prose_has_no_names():
+    assert dialogue.parse("　　他说　完了。\n　　她走了。\n只有　一次\n").speeches == []

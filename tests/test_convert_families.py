@@ -8,6 +8,7 @@ from converting import convert_data, convert_paths
 
 from persona.convert.options import LINE_KINDS
 from persona.convert.privacy import personal_data
+from persona.convert.report import verdict
 from persona.errors import DataError, UsageError
 
 
@@ -283,3 +284,82 @@ def test_personal_data():
     masked = said(conversion)[0][1]
     assert masked == "Call [phone] or [phone], [email], ID [id], card [card], year 2024."
     assert "Personal data" in " ".join(convert_data([{"instruction": text, "output": "x"}]).report["warnings"])
+
+
+FRIEND = """消息记录（此消息记录为文本格式，不支持重新导入）
+================================================================
+消息分组:我的好友
+================================================================
+消息对象:小雨
+================================================================
+
+2023-01-10 10:00:00 小雨
+在吗
+
+2023-01-10 10:00:30 阿哲
+在
+
+================================================================
+消息对象:小雨
+================================================================
+
+2023-01-10 10:01:00 小雨
+吃了吗
+
+2023-01-10 10:01:20 阿哲
+吃了
+"""
+
+
+def test_a_chat_with_one_friend_has_no_numbers():
+    conversion = convert_data(FRIEND, characters=("阿哲",))
+    assert conversion.report["files"][0]["formats"] == {"qq": 1}
+    assert [m["content"] for m in conversion.records[0].messages] == ["在吗", "在", "吃了吗", "吃了"]
+
+
+def test_a_log_is_no_chat():
+    lines = "".join(f"2023-01-10 10:00:0{n} INFO step {n} done\n" for n in range(9))
+    with pytest.raises(DataError, match="no format recognised"):
+        convert_data(lines)
+
+
+@pytest.mark.parametrize("header", ["Speaker\tText", "角色\t台词", "Character\tDialogue"])
+def test_a_table_of_speeches(header):
+    rows = "Kai\tFirst: hello\nNova\tSecond: ho\n"
+    conversion = convert_data(f"{header}\n{rows}", characters=("Nova",))
+    assert conversion.report["files"][0]["formats"] == {"utterances": 1}
+    assert [m["content"] for m in conversion.records[0].messages] == ["First: hello", "Second: ho"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("1\r\n00:00:01,000 --> 00:00:02,500\r\nWe are here. It is late. Go on.\r\n\r\n" * 9, "subtitles"),
+        ("[Script Info]\nTitle: x\n[Events]\nDialogue: 0,0:00:01.00\nDialogue: 0,0:00:02.00\n", "subtitles"),
+        (
+            'define e = Character("Eileen")\n\nlabel start:\n    e "Hello."\n    e "Again. And again. Yes."\n' * 9,
+            "Ren'Py",
+        ),
+        ("<html><body><p>Alice: Hi</p>\nAlice: Hi\nBob: Ho\nAlice: so\n", "web page"),
+    ],
+)
+def test_what_only_looks_like_prose_or_dialogue(text, what):
+    with pytest.raises(DataError, match=what) as caught:
+        convert_data(text)
+    assert "--format NAME" in str(caught.value)
+
+
+def test_the_dialogue_that_renpy_extracts():
+    header = "Identifier\tCharacter\tDialogue\tFilename\tLine Number\tRen'Py Script\n"
+    rows = 'start_1\t\tThe wind howled.\ta.rpy\t5\t"[what]"\nstart_2\tEileen\tHello.\ta.rpy\t6\te "[what]"\n'
+    conversion = convert_data(header + rows, characters=("Eileen",), narration="brackets")
+    assert [m["content"] for m in conversion.records[0].messages] == ["（The wind howled.）", "Hello."]
+
+
+def test_a_chat_in_which_nobody_answers_in_time_is_advised():
+    lines = "".join(f"2023-01-1{n} 1{n % 2}:00:00 {('小雨', '阿哲')[n % 2]}(1234{n % 2})\nline {n}\n" for n in range(8))
+    conversion = convert_data(lines, characters=("阿哲",))
+    said = verdict(conversion.report, 0.05)
+    assert "4 lines of the character have no line before them" in said
+    assert "--max-gap" in said
+    assert len(convert_data(lines, characters=("阿哲",), max_gap=10_000).records) == 1

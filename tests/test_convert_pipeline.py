@@ -80,7 +80,7 @@ def test_examples(name, tmp_path):
     assert name in describe(report, conversion.shown)
     assert "assistant" in preview(conversion.records, 1, count)
     again = convert(*(path for path in tmp_path.glob("*.jsonl") if path.stem != "rejected"), val_ratio=0)
-    assert {record.to_json() for record in again.records} == {record.to_json() for record in conversion.records}
+    assert {record.encoded() for record in again.records} == {record.encoded() for record in conversion.records}
 
 
 def test_converting_the_output_changes_no_byte(tmp_path):
@@ -145,7 +145,7 @@ def test_files_of_one_name_keep_their_groups_apart(tmp_path):
     conversion = convert(tmp_path)
     assert [record.meta["group"] for record in conversion.records] == ["a.json#1", "a.json~2#1"]
     assert {record.meta["source"] for record in conversion.records} == {"a.json"}
-    assert str(tmp_path) not in conversion.records[0].to_json()
+    assert str(tmp_path).encode() not in conversion.records[0].encoded()
 
 
 def test_folders_leave_out_reports_and_say_so(tmp_path):
@@ -319,9 +319,9 @@ def survives(data, **options):
     describe(conversion.report, conversion.shown)
     if not conversion.records:
         return conversion
-    text = "".join(f"{record.to_json()}\n" for record in conversion.train + conversion.validation)
-    again = convert_data(text.encode(), "y")
-    assert {record.to_json() for record in again.records} == {record.to_json() for record in conversion.records}
+    text = b"".join(record.encoded() + b"\n" for record in conversion.train + conversion.validation)
+    again = convert_data(text, "y")
+    assert {record.encoded() for record in again.records} == {record.encoded() for record in conversion.records}
     return conversion
 
 

@@ -83,9 +83,9 @@ def survives(data, options):
         return
     describe(conversion.report, conversion.shown)
     if conversion.train:
-        text = "".join(f"{record.to_json()}\n" for record in conversion.train)
-        again = convert_data(text.encode(), "y", val_ratio=0)
-        assert "".join(f"{record.to_json()}\n" for record in again.train) == text
+        text = b"".join(record.encoded() + b"\n" for record in conversion.train)
+        again = convert_data(text, "y", val_ratio=0)
+        assert b"".join(record.encoded() + b"\n" for record in again.train) == text
 
 
 @pytest.mark.slow

@@ -1,20 +1,17 @@
 """The format on disk: what passes, what is refused and where, splitting and weighting."""
 
 import json
-import os
 from collections import Counter
 
 import pytest
 
-from persona.errors import DataError, EnvironmentFault
+from persona.errors import DataError
 from persona.records import (
     Record,
     RecordFault,
     check_messages,
     read_records,
     repeat_weighted,
-    write_lines,
-    write_records,
 )
 
 
@@ -78,24 +75,45 @@ def test_what_is_written_is_read_back(tmp_path):
         ),
         record(2),
     ]
-    path = tmp_path / "new" / "train.jsonl"
-    write_records(path, records)
+    lines = [record.encoded() for record in records]
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n".join(lines))
     assert read_records(path) == records
-    data = path.read_bytes()
-    assert data.count(b"\n") == 2
-    assert b"\r" not in data
-    assert "线".encode() in data
-    assert list(path.parent.iterdir()) == [path], "no temporary file is left"
+    assert not any(mark in line for line in lines for mark in (b"\n", b"\r"))
+    assert "线".encode() in lines[0]
+
+
+def test_a_line_is_what_the_json_module_writes():
+    every = "".join(chr(code) for code in range(1, 0x11000) if not 0xD800 <= code < 0xE000)
+    texts = (every, 'a",\n  "b', '",', "\\", " ", "\U0001f469\u200d\U0001f680")
+    meta = {"group": every, "extra": {"id": 3, "score": 1e-05, "big": 10**30, "deep": [{"": None}, []]}}
+    for text in texts:
+        messages = (SYSTEM, user(text), assistant(text), user("again"), assistant(text))
+        expected = json.dumps({"messages": messages, "meta": meta}, ensure_ascii=False)
+        assert Record(messages, meta).encoded() == expected.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("messages", "meta", "path"),
+    [
+        ((user("a"), assistant("b\ud83d")), {}, "$.messages[1].content"),
+        ((user("a"), assistant("b")), {"group": "\ud83d"}, "$.meta"),
+    ],
+)
+def test_half_a_character_is_never_written(messages, meta, path):
+    with pytest.raises(RecordFault) as caught:
+        Record(messages, meta).encoded()
+    assert (caught.value.code, caught.value.path) == ("SURROGATE", path)
 
 
 def test_bom_blank_lines_and_crlf_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
-    line = record(1).to_json().encode()
+    line = record(1).encoded()
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\n  \n" + line)
     assert read_records(path) == [record(1), record(1)]
 
 
-GOOD = record(1).to_json()
+GOOD = record(1).encoded().decode()
 
 
 @pytest.mark.parametrize(
@@ -154,38 +172,19 @@ def test_files_without_records(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "train.jsonl"
-    write_records(path, [record(1)])
-
-    def breaks():
-        yield "first"
-        raise RuntimeError("source broke")
-
-    with pytest.raises(RuntimeError):
-        write_lines(path, breaks())
-    assert read_records(path) == [record(1)]
-    assert list(tmp_path.iterdir()) == [path]
-    os.link(path, tmp_path / "held")
-    write_records(path, [record(2)])
-    assert read_records(tmp_path / "held") == [record(1)], "the old file is replaced, not written into"
-    with pytest.raises(EnvironmentFault, match="cannot be written"):
-        write_lines(path / "below" / "a.jsonl", ["x"])
-
-
 @pytest.mark.parametrize(("weight", "expected"), [(0, 0), (1, 10), (2.5, 25), (0.25, 2), (5, 50), (1.96, 20)])
 def test_weights(weight, expected):
     records = [record(number) for number in range(10)]
     repeated = repeat_weighted(records, weight, seed=0)
     assert len(repeated) == expected
-    counts = Counter(item.to_json() for item in repeated)
+    counts = Counter(item.encoded() for item in repeated)
     assert set(counts.values()) <= {int(weight), int(weight) + 1}
     assert repeated == repeat_weighted(records, weight, seed=0)
 
 
 def test_the_extra_copies_are_chosen_by_the_seed():
     records = [record(number) for number in range(10)]
-    chosen = {json.dumps([item.to_json() for item in repeat_weighted(records, 0.5, seed)]) for seed in range(5)}
+    chosen = {b"".join(item.encoded() for item in repeat_weighted(records, 0.5, seed)) for seed in range(5)}
     assert len(chosen) > 1
     with pytest.raises(ValueError, match="weight"):
         repeat_weighted(records, -1, 0)

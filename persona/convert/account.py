@@ -54,7 +54,7 @@ class Account:
             self.outcome["read"] += 1
             try:
                 record = self._record(part, source, number)
-                line = _encoded(record)
+                line = record.encoded()
             except RecordFault as fault:
                 self._reject(part, source, fault)
             else:
@@ -66,13 +66,14 @@ class Account:
         messages = draft.messages
         if self.options.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.options.system}, *messages]
+            draft.plain = False
         meta = draft.meta
         if not {"source", "group", "type"} <= meta.keys():
             made = {"source": source.name, "group": f"{source.label}#{draft.group or number}", "type": "dialogue"}
             if self.options.characters:
                 made["character"] = self.options.characters[0]
             meta = {**{key: value for key, value in made.items() if key not in meta}, **meta}
-        return Record(check_messages(tuple(messages)), meta)
+        return Record(check_messages(messages, draft.plain), meta)
 
     def _reject(self, draft: Draft, source: Source, fault: RecordFault) -> None:
         rejection = reject(source.name, draft, fault)
@@ -86,7 +87,7 @@ class Account:
         self.not_used["in a rejected conversation"] += draft.learned + draft.context
 
     def _keep(self, record: Record, line: bytes, draft: Draft) -> None:
-        folded = fold_conversation(record.messages)
+        folded = fold_conversation(record.messages, draft.plain)
         key = conversation_key(folded)
         is_setting = str(record.meta["type"]).startswith("settings_")
         if not self._seen.add(int(key[:16], 16)) and not self.options.keep_dups:
@@ -140,11 +141,6 @@ class Account:
         """Let go of the files that hold the records on their way."""
         self._shuffle.close()
 
-    @property
-    def has_settings(self) -> bool:
-        """Whether any record is a setting."""
-        return bool(self._settings)
-
     def finish(self) -> tuple[Counter[str], list[dict[str, Any]]]:
         """Write the records in their final order; the lines of each file, and a random sample of records."""
         held_out = self._split.held_out(self.options.ratio)
@@ -167,11 +163,3 @@ class Account:
         outcome = self.outcome
         assert outcome["read"] == outcome["written"] + outcome["rejected"] + outcome["duplicates"]
         return lines, sample
-
-
-def _encoded(record: Record) -> bytes:
-    try:
-        return record.to_json().encode("utf-8")
-    except UnicodeEncodeError:
-        fix = "export the text as UTF-8"
-        raise RecordFault("SURROGATE", "$.meta", "half of a character (a lone surrogate)", fix) from None

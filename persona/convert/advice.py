@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+from persona.convert.scenes import NO_CONTEXT
+
 FEW_RECORDS = 20
 SAME_PROMPT_SHARE = 0.3
 SAME_PROMPT_RECORDS = 10  # below that a share says nothing
 LONG = 2048  # tokens; data.max_length as it stands in config/default.json's class
 
 _TRAITS = {
-    "placeholders": "The model would say them literally: replace them, or give --character and --user-name.",
+    "placeholders": "The model would say them literally: replace them; --character and --user-name fill in {{char}} "
+    "and {{user}}.",
     "characters lost (U+FFFD)": "Characters were lost before. Export the text again as UTF-8.",
     "garbled": "UTF-8 was read in another encoding before: --fix-text mends what can be mended.",
     "very short replies": "They teach little: --min-chars N leaves them out.",
@@ -21,6 +24,17 @@ _TRAITS = {
     "one character over and over": "It will be learned: shorten it.",
     "media or links instead of words": "They are no speech: delete them.",
 }
+
+
+def about_speeches(speeches: dict[str, Any] | None) -> str | None:
+    """What to do when more of the character's lines stand alone than are learned; None otherwise."""
+    alone = speeches["not_used"].get(NO_CONTEXT, 0) if speeches else 0
+    if speeches is None or alone <= speeches["learned"]:
+        return None
+    return (
+        f"{alone:,} lines of the character have no line before them, so only {speeches['learned']:,} are learned: "
+        "--leading-assistant keep learns them too; in a chat --max-gap MINUTES allows longer pauses."
+    )
 
 
 def warnings_of(report: dict[str, Any], sample: Sequence[dict[str, Any]]) -> list[str]:
@@ -36,7 +50,8 @@ def warnings_of(report: dict[str, Any], sample: Sequence[dict[str, Any]]) -> lis
             "All records belong to one group, so there is no validation part. Conversations that share a scene, a "
             "title or the words of a reply are one group."
         )
-    return found + _same_prompts(sample) + _about_persona(report) + _traits(statistics)
+    alone = about_speeches(report["speeches"])
+    return found + ([alone] if alone else []) + _same_prompts(sample) + _about_persona(report) + _traits(statistics)
 
 
 def _same_prompts(sample: Sequence[dict[str, Any]]) -> list[str]:
@@ -98,7 +113,7 @@ def _traits(statistics: dict[str, Any]) -> list[str]:
         found.append(f"Personal data was found ({listed}); the model may say it again: --redact masks it.")
     if statistics["near_duplicates"]:
         found.append(
-            f"{statistics['near_duplicates']:,} records differ from another one only in case or punctuation; "
+            f"Records that differ from another one only in case or punctuation: {statistics['near_duplicates']:,}; "
             "they are kept and learned twice."
         )
     if statistics["repeated_ids"]:

@@ -30,7 +30,7 @@ def recognise_wechat(first: Values) -> str | None:
 def read_wechat(rows: list[Row], options: Options) -> Script:
     """The speeches of a WeChat export; the owner of the phone is 我, or --user-name."""
     me = options.user_name or ME
-    return to_script([_wechat(row.value, row.line, me) for row in rows], "WeChat export", options)
+    return to_script([_wechat(row.value, row.line, me) for row in rows], options)
 
 
 def _wechat(row: dict[str, Any], line: int, me: str) -> Said:
@@ -78,7 +78,7 @@ def read_discord(rows: list[Row], options: Options) -> Script:
             left_out = left_out or MEDIA
         name = _text(author.get("nickname") or author.get("name"))
         said.append(Said(name, text, line, seconds(message.get("timestamp")), left_out))
-    return to_script(said, "Discord export", options)
+    return to_script(said, options)
 
 
 def recognise_telegram(first: Values) -> str | None:
@@ -101,7 +101,7 @@ def read_telegram(rows: list[Row], options: Options) -> Script:
             left_out = left_out or MEDIA
         time = seconds(message.get("date_unixtime") or message.get("date"))
         said.append(Said(_text(message.get("from")) or "(deleted account)", text, line, time, left_out))
-    return to_script(said, "Telegram export", options)
+    return to_script(said, options)
 
 
 def _first_message(first: Values) -> dict[str, Any]:
@@ -138,10 +138,4 @@ def read_tavern(rows: list[Row], options: Options) -> Script:
             text = swipes[chosen]
         left_out = SYSTEM_LINE if value.get("is_system") else None if _text(text).strip() else NO_TEXT
         said.append(Said(_text(value.get("name")) or "(unknown)", _text(text), row.line, None, left_out))
-    return to_script(said, "SillyTavern chat", options)
-
-
-def tavern_character(first: Values) -> str | None:
-    """The name of the character in a SillyTavern chat with one."""
-    name = first[0].get("character_name")
-    return name if isinstance(name, str) and name.strip() else None
+    return to_script(said, options)

@@ -8,8 +8,9 @@ from persona.convert.options import Options
 
 _QQ = re.compile(
     r"(?P<time>\d{4}[-/]\d{1,2}[-/]\d{1,2} \d{1,2}:\d{2}:\d{2}) (?:【[^】]{1,20}】)?(?P<name>.*?)"
-    r"(?:\((?P<id>\d{4,12}|[^()\s]{1,64}@[^()\s]{1,64})\)|<(?P<mail>[^<>\s]{1,64}@[^<>\s]{1,64})>)\s*"
+    r"(?:\((?P<id>\d{4,12}|[^()\s]{1,64}@[^()\s]{1,64})\)|<(?P<mail>[^<>\s]{1,64}@[^<>\s]{1,64})>)?\s*"
 )
+_QQ_HEAD = re.compile(r"={10,}|消息(?:分组|对象)[:：].*")  # before the messages of each friend
 _WHATSAPP = re.compile(
     r"\[?(?P<date>\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),? "
     r"(?P<clock>\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:[ \u202f\u00a0]?[AaPp]\.?[Mm]\.?)?)"
@@ -21,8 +22,12 @@ _QQ_NOTICES = ("系统消息", "10000", "1000000")
 
 def recognise_qq(head: str) -> str | None:
     """Why the text is a QQ export, or None."""
-    found = sum(_QQ.fullmatch(line.strip()) is not None for line in head.split("\n")[:200])
-    return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME(12345)" if found >= 2 else None
+    found = [match for line in head.split("\n")[:200] if (match := _QQ.fullmatch(line.strip()))]
+    numbered = sum(bool(match["id"] or match["mail"]) for match in found)
+    if numbered >= 2:
+        return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME(12345)"
+    names = {match["name"] for match in found}  # a friend's chat has no numbers; lines of a log recur less
+    return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME" if len(found) >= 2 * len(names) > 0 else None
 
 
 def recognise_whatsapp(head: str) -> str | None:
@@ -46,11 +51,11 @@ def read_qq(text: str, options: Options) -> Script:
             words = []
             kept.append((said, words))
             messages.append(said)
-        elif words is not None:
+        elif words is not None and not _QQ_HEAD.fullmatch(line.strip()):
             words.append(line)
     for said, lines in kept:
         said.text = "\n".join(lines).strip()
-    return to_script(messages, "a QQ export", options)
+    return to_script(messages, options)
 
 
 def _padded(time: str) -> str:
@@ -74,7 +79,7 @@ def read_whatsapp(text: str, options: Options) -> Script:
                 messages.append(Said("", match["rest"], number, time, SYSTEM_LINE))
         elif messages:
             messages[-1].text += f"\n{line}"
-    return to_script(messages, "a WhatsApp export", options)
+    return to_script(messages, options)
 
 
 def _day_first(text: str) -> bool:

@@ -69,7 +69,7 @@ def _read(text: str, pattern: str) -> datetime | None:
         return None
 
 
-def to_script(messages: list[Said], layout: str, options: Options) -> Script:
+def to_script(messages: list[Said], options: Options) -> Script:
     """The speeches of a chat; a pause longer than --max-gap is the border of a scene."""
     speeches: list[Speech] = []
     left_out: Counter[str] = Counter()
@@ -86,8 +86,8 @@ def to_script(messages: list[Said], layout: str, options: Options) -> Script:
         else:
             speeches.append(Speech(without_marks(message.speaker).strip() or "(unknown)", text, message.line, scene))
     timed = any(message.time is not None for message in messages)
-    cut = f", cut at pauses of more than {options.max_gap:g} minutes ({pauses:,})" if timed else ""
-    return Script(speeches, timed, f"{layout}{cut}", left_out=left_out)
+    layout = f"cut at pauses of more than {options.max_gap:g} minutes ({pauses:,})" if timed else "without times"
+    return Script(speeches, timed, layout, left_out=left_out)
 
 
 def _why_left_out(text: str) -> str | None:

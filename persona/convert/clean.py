@@ -4,7 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from persona.convert.draft import Message
 from persona.records import SURROGATE, RecordFault
@@ -16,6 +16,7 @@ _CONTROL_TOKEN = re.compile(
 _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _CONTROL_SEQUENCE = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # colours whole
 _CONTROL_SHARE = 0.05  # more control characters than that are no text
+_ODD_SPACE = re.compile("[\t\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")  # of cleaned texts
 _TEMPLATED = re.compile(r"<\|(?:im_start|start_header_id|user|assistant|system)\|>|\[INST\]|<start_of_turn>")
 
 
@@ -29,11 +30,7 @@ def clean_text(text: str, path: str, repairs: Counter[str]) -> str:
 
 def is_clean(text: str) -> bool:
     """Whether nothing is to be done to a text, told five times as fast as by patterns, and true of most."""
-    if "<" in text or "[" in text:
-        return False
-    if not text.isprintable():
-        return text.replace("\n", " ").isprintable() and not (text[0].isspace() or text[-1].isspace())
-    return text == "" or (text[0] != " " and text[-1] != " ")  # no other white space is printable
+    return "<" not in text and "[" not in text and text.replace("\n", " ").isprintable()
 
 
 def _clean(text: str, path: str, repairs: Counter[str]) -> str:
@@ -71,13 +68,16 @@ def fold(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def fold_conversation(messages: Iterable[Message]) -> str:
-    """Role, text, role, text, ... with zeros between, the texts folded: the same for what counts as a duplicate."""
-    parts = [part for message in messages for part in (message["role"], message["content"].strip())]
-    text = "\0".join(parts)  # a zero is no white space, and never stands in a text
-    text = text.replace("\n", " ")
-    odd = "\t" in text if text.isascii() else not text.replace("\0", "").isprintable()
-    if odd:  # there is other white space than spaces
+def fold_conversation(messages: Sequence[Message], plain: bool = False) -> str:
+    """Role, text, role, text, ... with zeros between, the texts folded: the same for what counts as a duplicate.
+
+    `plain` says that there is no white space but spaces and line ends, and none around a text.
+    """
+    parts = [part for message in messages for part in (message["role"], message["content"])]
+    if not plain:
+        parts = [part.strip() for part in parts]
+    text = "\0".join(parts).replace("\n", " ")  # a zero is no white space, and never stands in a text
+    if not plain and _ODD_SPACE.search(text):
         return fold(text)
     while "  " in text:
         text = text.replace("  ", " ")
@@ -91,5 +91,5 @@ def conversation_key(folded: str) -> str:
 
 def replies_of(folded: str) -> list[str]:
     """The replies of a conversation that was folded."""
-    parts = folded.split("\0")
-    return [text for role, text in zip(parts[::2], parts[1::2], strict=True) if role == "assistant"]
+    parts = folded.split("\0")  # roles and texts in turn, so that every fourth part is a reply
+    return parts[5 if parts[0] == "system" else 3 :: 4]

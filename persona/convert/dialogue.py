@@ -20,6 +20,10 @@ _HEAD = re.compile(
     rf"(?P<name>[^\s{_STOP}][^{_STOP}]{{0,60}}?)\s*+(?:[（(](?P<action>[^（）()\n]{{1,60}})[)）]\s*+)?[:：]"
     r"\s*(?P<text>(?!//).*)"
 )
+_BOLD = re.compile(r"^(?:\*\*|__)([^*_\n]{1,60}?)(?:([:：])\s*(?:\*\*|__)|(?:\*\*|__)\s*([:：]))\s*")  # Markdown
+_SPACED = re.compile(
+    r"^([^\s:：，。！？、,.!?…“”\"「」『』（）()]{1,8})\u3000+(?=\S)", re.MULTILINE
+)  # printed Chinese plays
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Prof|Capt|Lt|Sgt|Jr|Sr|No|[A-Z])\.")
 _NUMBER = r"(?:\d+|[IVXLC]+|one|two|three|four|five|six|seven|eight|nine|ten)"
 _SCENE = re.compile(
@@ -78,7 +82,8 @@ def parse(text: str, characters: Collection[str] = (), narrated: bool = False, q
 
     With `narrated` the lines that no one speaks are speeches of NARRATOR; `quotes` keeps the quotes around speeches.
     """
-    lines = _classify(text)
+    spaced = _SPACED.sub(r"\1：", text) if _is_spaced(text) else text
+    lines = _classify(spaced)
     heads = [line for line in lines if line.head]
     alone = Counter(_name(line) for line in heads if line.opens_block and not _words(line))
     inline = Counter(_name(line) for line in heads if _words(line) or not line.opens_block)
@@ -98,7 +103,17 @@ def parse(text: str, characters: Collection[str] = (), narrated: bool = False, q
         return line.opens_block or _name(line) in speakers
 
     once = [] if is_play else [line.head["name"] for line in heads if line.head and not begins_speech(line)]
-    return _collect(lines, begins_speech, is_play, once, narrated, quotes)
+    script = _collect(lines, begins_speech, is_play, once, narrated, quotes)
+    if spaced is not text:
+        script.notes.append("a wide space behind a name is read as a colon")
+    return script
+
+
+def _is_spaced(text: str) -> bool:
+    """Whether most lines begin with one of a few names and a wide space."""
+    names = Counter(match[1] for match in _SPACED.finditer(text))
+    recurring = sum(count for count in names.values() if count > 1)
+    return recurring > 0.5 * sum(not line.isspace() and line != "" for line in text.split("\n"))
 
 
 def _guests(lines: list[_Line], recurring: set[str]) -> set[str]:
@@ -128,7 +143,7 @@ def _classify(text: str) -> list[_Line]:
     lines: list[_Line] = []
     opens_block = True
     for number, raw in enumerate(text.split("\n"), 1):
-        line = raw.strip()
+        line = _BOLD.sub(r"\1\2\3 ", raw.strip())
         bare = line.strip("[]【】*").strip() or line
         if not line:
             kind = _BLANK

@@ -27,6 +27,7 @@ class Draft:
     learned: int = 0  # speeches, for formats with named speakers
     context: int = 0
     part: bool = False  # of a row that was cut into several, which are one group
+    plain: bool = False  # all texts are printable but for line ends, and without outer white space
     fresh: bool = True  # made here from raw data; our own records come as they are, repetitions of settings included
 
 
@@ -64,11 +65,12 @@ def extras(row: dict[str, Any], known: frozenset[str], repairs: Counter[str]) ->
     """The meta for keys of a row that no format reads: short scalars (`id`, `score`) are kept, others counted."""
     if row.keys() <= known:
         return {}
-    kept = {
-        key: value
-        for key, value in row.items()
-        if key not in known and isinstance(value, str | int | float) and len(str(value)) <= _SMALL
-    }
-    if lost := sum(key not in known and key not in kept and value is not None for key, value in row.items()):
-        repairs["other keys with long values dropped"] += lost
+    kept: dict[str, Any] = {}
+    for key, value in row.items():
+        if key in known or value is None:
+            continue
+        if isinstance(value, (str, int, float)) and len(str(value)) <= _SMALL:
+            kept[key] = value
+        else:
+            repairs["other keys with long values dropped"] += 1
     return {"extra": kept} if kept else {}

@@ -6,7 +6,7 @@ from typing import Any
 from persona.console import excerpt
 from persona.convert.draft import Draft, extras
 from persona.convert.options import Options
-from persona.convert.turns import Turn, calls_tool, check_switches, content_of, plain_turn, role_of, to_messages
+from persona.convert.turns import Turn, calls_tool, check_switches, content_of, plain_messages, role_of, to_messages
 from persona.records import RecordFault
 
 _KNOWN = frozenset(("messages", "meta", "tools"))
@@ -30,15 +30,15 @@ def convert(row: dict[str, Any], options: Options) -> Draft:
         raise RecordFault("NO_TURNS", "$.messages", f"found {excerpt(repr(messages), 40)}", "write a list of messages")
     if meta is not None and not isinstance(meta, dict):
         raise RecordFault("META", "$.meta", f"found {excerpt(repr(meta), 40)}", "write an object, or leave it out")
-    turns = [
-        plain_turn(message, "role", "content", "$.messages", index)
-        or _turn(message, f"$.messages[{index}]", repairs, options)
-        for index, message in enumerate(messages)
-    ]
+    made = plain_messages(messages, "role", "content", options)
+    plain = made is not None
+    if made is None:
+        turns = [_turn(turn, f"$.messages[{index}]", repairs, options) for index, turn in enumerate(messages)]
+        made = to_messages(turns, "", "$.messages", repairs, options)
     if row.get("tools") not in (None, "", "[]", []):
         repairs["list of tools that nobody calls dropped"] += 1
     kept = {**(meta or {}), **extras(row, _KNOWN, repairs)}
-    return Draft(to_messages(turns, "", "$.messages", repairs, options), repairs, kept, fresh=meta is None)
+    return Draft(made, repairs, kept, plain=plain, fresh=meta is None)
 
 
 def _turn(message: object, path: str, repairs: Counter[str], options: Options) -> Turn:

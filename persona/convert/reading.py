@@ -63,9 +63,10 @@ def _picture(source: Source, options: Options) -> Opened:
     data = source.path.read_bytes()
     value = card.parse(card.card_text(data, source.name), source.name)
     row = Row(value, 1, "$", "")
-    why = f"PNG with a {card.recognise(value, options)}"
     found = Probe("utf-8", "utf-8", None, len(data), "")
-    return Opened(source, found, "card", why, lambda intake, chosen: drafts_of_rows(iter([row]), None, intake, chosen))
+    return Opened(
+        source, found, "card", "PNG", lambda intake, chosen: drafts_of_rows(iter([row]), None, intake, chosen)
+    )
 
 
 def _by_format(source: Source, found: Probe, head: str, options: Options) -> Opened:
@@ -91,6 +92,9 @@ def _by_content(source: Source, found: Probe, head: str, options: Options) -> Op
     for name, chat in TEXT_FORMATS.items():
         if why := chat.recognise(head.replace("\r\n", "\n")):
             return _chat(source, found, name, why, options)
+    if other := detect.foreign(head):
+        what, fix = other
+        raise Foreign(f"{source.name}: it looks like {what}: {fix}. --format NAME reads it all the same.")
     for mark in csv_input.SEPARATORS:
         if _known_table(csv_input.header_of(head, mark), options):
             return _table(source, found, head, mark, options)
@@ -147,7 +151,7 @@ def _scripted(
         intake.repairs += script.repairs
         yield from drafts
 
-    layout = f"{why}; {script.layout}" if script.layout not in why else why
+    layout = f"{why}, {script.layout}" if script.layout not in why else why
     speakers = Counter(speech.speaker for speech in script.speeches)
     return Opened(source, found, name, layout, read, list(script.notes), speakers, character)
 

@@ -17,25 +17,23 @@ def refine(draft: Draft, options: Options) -> list[Draft]:
     """The draft as the options want it: one, or with --too-long split several; a fault stands in the draft."""
     if draft.fault:
         return [draft]
-    messages = draft.messages
-    named = bool(options.characters) or options.user_name is not None
-    longest = 0
-    for message in messages:
-        content = message["content"]
-        longest = max(longest, len(content))
-        if options.fix_text and not content.isascii():
-            content = mend(content, draft.repairs)
-        if named and ("{{" in content or "<" in content):
-            content = fill_in(content, draft.repairs, options)
-        if options.redact:
-            content = redact(content, draft.repairs)
-        if content is not message["content"]:
-            message["content"] = content
+    if options.fix_text or options.redact or options.characters or options.user_name is not None:
+        for message in draft.messages:
+            message["content"] = _refined(message["content"], draft.repairs, options)
+        draft.plain = False
     if options.min_chars:
         draft.fault = _too_short(draft, options.min_chars)
-    if longest > options.max_chars and not draft.fault:
+    if not draft.fault and max([len(message["content"]) for message in draft.messages], default=0) > options.max_chars:
         return _shortened(draft, options)
     return [draft]
+
+
+def _refined(text: str, repairs: Counter[str], options: Options) -> str:
+    if options.fix_text and not text.isascii():
+        text = mend(text, repairs)
+    if "{{" in text or "<" in text:
+        text = fill_in(text, repairs, options)
+    return redact(text, repairs) if options.redact else text
 
 
 def fill_in(text: str, repairs: Counter[str], options: Options) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.console import excerpt, safe, table
+from persona.convert.advice import about_speeches
 from persona.convert.draft import Rejection
 from persona.records import SHOWN_FAULTS, Record
 
@@ -115,7 +116,8 @@ def verdict(report: dict[str, Any], max_reject: float) -> str | None:
     """Why the conversion failed, or None when it is good."""
     read, rejected = report["read"], report["rejected"]
     if not report["written"]:
-        return f"No record could be used ({read:,} read, {rejected:,} rejected), so no training file was written."
+        said = f"No record could be used ({read:,} read, {rejected:,} rejected), so no training file was written."
+        return "\n".join(line for line in (said, about_speeches(report["speeches"])) if line)
     if rejected > max_reject * read:
         share = f"{rejected:,} of {read:,} records ({100 * rejected / read:.1f} %) were rejected"
         return (

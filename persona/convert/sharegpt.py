@@ -7,7 +7,7 @@ from typing import Any
 from persona.console import excerpt
 from persona.convert.draft import Draft, extras
 from persona.convert.options import Options
-from persona.convert.turns import Turn, calls_tool, check_switches, content_of, plain_turn, role_of, to_messages
+from persona.convert.turns import Turn, calls_tool, check_switches, content_of, plain_messages, role_of, to_messages
 from persona.records import RecordFault, scan_json
 
 _CONVERSATION_KEYS = ("conversations", "messages", "conversation", "dialogue", "items")
@@ -18,7 +18,10 @@ _KNOWN = frozenset((*_CONVERSATION_KEYS, "system", "tools", "meta"))
 
 def recognise(row: dict[str, Any], _options: Options) -> str | None:
     """Why the row is ShareGPT, or None."""
-    return next((f'rows have "{key}"' for key in _CONVERSATION_KEYS if key in row), None)
+    for key in _CONVERSATION_KEYS:
+        if key in row:
+            return f'rows have "{key}"'
+    return None
 
 
 def convert(row: dict[str, Any], options: Options) -> Draft:
@@ -29,15 +32,16 @@ def convert(row: dict[str, Any], options: Options) -> Draft:
         reason = f"found {', '.join(found) or 'no list of turns'}"
         raise RecordFault("NO_TURNS", "$", reason, 'write one list of turns under "conversations"')
     path = f"$.{found[0]}"
-    turns = [
-        plain_turn(turn, "from", "value", path, index) or _turn(turn, f"{path}[{index}]", repairs, options)
-        for index, turn in enumerate(_turn_list(row[found[0]], path, repairs))
-    ]
+    listed = _turn_list(row[found[0]], path, repairs)
     system = "" if row.get("system") is None else content_of(row["system"], "$.system", repairs)
-    messages = to_messages(turns, system, path, repairs, options)
+    messages = None if system else plain_messages(listed, "from", "value", options)
+    plain = messages is not None
+    if messages is None:
+        turns = [_turn(turn, f"{path}[{index}]", repairs, options) for index, turn in enumerate(listed)]
+        messages = to_messages(turns, system, path, repairs, options)
     if row.get("tools") not in (None, "", "[]", []):
         repairs["list of tools that nobody calls dropped"] += 1
-    return Draft(messages, repairs, extras(row, _KNOWN, repairs))
+    return Draft(messages, repairs, extras(row, _KNOWN, repairs), plain=plain)
 
 
 def _turn_list(value: object, path: str, repairs: Counter[str]) -> list[object]:

@@ -37,7 +37,7 @@ class Shuffle:
         """Put in a line; `rank` has 16 hexadecimal digits, `number` and `copy` settle ties."""
         part = int(rank[:2], 16) // _RANKS
         file = self._parts.get(part) or self._open(part)
-        file.write(b"%b%010x%04x%b\n" % (rank.encode(), number, copy, line))
+        file.writelines((b"%b%010x%04x" % (rank.encode(), number, copy), line, b"\n"))
 
     def _open(self, part: int) -> BinaryIO:
         self._parts[part] = file = self._path(part).open("wb", buffering=_BUFFERED)
@@ -101,8 +101,7 @@ class Staged:
     def write_line(self, name: str, line: bytes) -> None:
         """Append a line to the file that will be called `name`."""
         file = self._files.get(name) or self.open(name)
-        file.write(line)
-        file.write(b"\n")
+        file.writelines((line, b"\n"))
 
     def publish(self, order: tuple[str, ...], stale: tuple[str, ...]) -> list[str]:
         """Flush all files to the disk and name them in `order`; remove those of `stale` that were not written."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,28 +31,28 @@ _MERGE = "joined turns of one role are learned as one: --merge-consecutive does 
 
 @dataclass(slots=True)
 class Turn:
-    """One message with its place in the row, which is put together only when it is asked for."""
+    """One message with the JSON path of its text."""
 
     role: str
     content: str
-    base: str
-    index: int = -1
-    key: str = ""
-
-    @property
-    def path(self) -> str:
-        """The JSON path of the text."""
-        return f"{self.base}[{self.index}].{self.key}" if self.index >= 0 else self.base
+    path: str
 
 
-def plain_turn(turn: object, role_key: str, text_key: str, base: str, index: int) -> Turn | None:
-    """The turn if it needs no second look, as most do: a known role and a clean text, and nothing else."""
-    if not isinstance(turn, dict) or len(turn) != 2:
+def plain_messages(turns: Sequence[Any], role_key: str, text_key: str, options: Options) -> list[Message] | None:
+    """The messages of turns that need no second look, as most do: known roles in turn, clean texts, nothing else."""
+    try:
+        roles = [_SPOKEN[turn[role_key]] for turn in turns if len(turn) == 2]
+        texts = [turn[text_key] for turn in turns]
+        joined = "\n".join(texts)
+    except (TypeError, KeyError):  # no object, a key that is missing, a role that is not known, a text that is none
         return None
-    name, text = turn.get(role_key), turn.get(text_key)
-    if not isinstance(name, str) or not isinstance(text, str) or name not in _SPOKEN or not is_clean(text):
+    first = roles[:1] == ["system"]
+    in_turn = len(roles) == len(turns) and len(roles) % 2 == first and roles[first:] == _IN_TURN[: len(roles) - first]
+    if not in_turn or len(roles) < 2 or options.strip_speaker or options.role_map:
         return None
-    return Turn(_SPOKEN[name], text, base, index, text_key)
+    if not is_clean(joined) or not all(texts) or texts != [text.strip() for text in texts]:
+        return None
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
 
 def opening(text: str) -> str:
@@ -127,11 +128,6 @@ def _part_text(part: object, path: str) -> str:
 def to_messages(turns: list[Turn], system: str, path: str, repairs: Counter[str], options: Options) -> list[Message]:
     """Messages in turn: what can only be dropped is dropped and counted, what could mean two things is refused."""
     roles = [turn.role for turn in turns]
-    if roles == _IN_TURN[: len(roles)] and len(roles) % 2 == 0 and roles and not options.strip_speaker:
-        messages: list[Message] = [{"role": "system", "content": system}] if system else []
-        messages += [{"role": turn.role, "content": turn.content} for turn in turns]
-        if all(turn.content for turn in turns):
-            return messages
     if "system" in roles:
         system, turns = _system_of(turns, system, repairs, options)
     if options.tools == "drop":
@@ -139,7 +135,7 @@ def to_messages(turns: list[Turn], system: str, path: str, repairs: Counter[str]
     spoken = _edges(turns, repairs, options)
     if not spoken:
         raise RecordFault("NO_REPLY", path, "no reply to a question", "a conversation needs a user turn and its reply")
-    messages = [{"role": "system", "content": system}] if system else []
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
     before = ""
     for turn in spoken:
         content = turn.content or _empty(turn, repairs, options)

@@ -8,8 +8,8 @@ from persona.convert.json_input import Row
 from persona.convert.options import Options
 from persona.records import scan_json
 
-_NAMES = ("role", "speaker", "name", "from", "character")
-_TEXTS = ("text", "dialogue", "content", "line", "value")
+_NAMES = ("role", "speaker", "name", "from", "character", "角色", "说话人", "人物")
+_TEXTS = ("text", "dialogue", "content", "line", "value", "台词", "对白", "内容")
 _SCENES = ("scene", "scene_id", "source_title", "chapter", "episode")
 _OTHER_ROLES = {"user", "assistant", "system", "human", "gpt", "bot", "model", "tool", "chatgpt", "prompter"}
 
@@ -44,8 +44,9 @@ def one_scene_a_line(head: str) -> bool:
 
 
 def _keys(row: dict[str, Any]) -> tuple[str, str] | None:
-    name = next((key for key in _NAMES if isinstance(row.get(key), str)), None)
-    text = next((key for key in _TEXTS if isinstance(row.get(key), str) and key != name), None)
+    folded = {key.strip().casefold(): key for key, value in row.items() if isinstance(value, str)}
+    name = next((folded[key] for key in _NAMES if key in folded), None)
+    text = next((folded[key] for key in _TEXTS if key in folded and folded[key] != name), None)
     return (name, text) if name and text else None
 
 
