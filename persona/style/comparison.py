@@ -1,5 +1,6 @@
 """The style of three sets of texts beside each other: the author's, the base model's and the tuned model's."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +15,8 @@ from persona.style.results import Comparison, Distance, Estimate, Texts
 from persona.style.units import Language, Segmenter, language, segmenter, words
 
 _MOST = 600  # passages of a set; time grows with the square
+_PIECE = 1000  # characters of the documents that TF-IDF counts where there are few authors
+_MANY = 10  # authors, each of whom is one document then
 _LABEL = "style: the mean of the distances that have a weight"
 
 Words = Literal["auto", "jieba", "bigrams"]
@@ -62,7 +65,7 @@ def compare(
         author=_texts(sets["author"]),
         base=_texts(sets["base"]),
         tuned=_texts(sets["tuned"]) if "tuned" in sets else None,
-        notes=(*notes, *_warnings(whole)),
+        notes=tuple(notes),
     )
 
 
@@ -80,16 +83,16 @@ def distance_matrix(
     found = [[features(passage, spoken, cut) for passage in group] for group in passages]
     known = vocabulary(found, spoken)
     counts = [count(group, there, known) for group, there in zip(found, passages, strict=True)]
-    one = prepare(joined([summed(part) for part in counts]), scales(counts, known))
-    each = np.eye(len(counts), dtype=np.float32)
-    first = np.repeat(each[: len(rows)], len(columns), axis=0)
-    second = np.tile(each[len(rows) : len(rows) + len(columns)], (len(rows), 1))
+    piece = math.inf if len(counts) >= _MANY else _PIECE
+    one = prepare(joined([summed(part) for part in counts]), scales(counts, counts, known, piece))
+    first = np.repeat(np.arange(len(rows)), len(columns))
+    second = np.tile(np.arange(len(rows), len(rows) + len(columns)), len(rows))
     values = {}
     for measure in MEASURES:
-        middle = centre([represent(measure, one, np.tile(row, (len(first), 1))) for row in each])
-        values[measure.name] = distance(
-            measure, represent(measure, one, first), represent(measure, one, second), middle
-        )
+        every = represent(measure, one, np.eye(len(counts), dtype=np.float32))
+        there = np.flatnonzero(~every.empty)
+        middle = centre([every.take(np.array([at])) for at in there]).take(np.zeros(len(first), int))
+        values[measure.name] = distance(measure, every.take(first), every.take(second), middle)
     values[progress.HEADLINE] = headline(values)
     return {name: value.reshape(len(rows), len(columns)) for name, value in values.items()}
 
@@ -127,7 +130,9 @@ def _progress(
     if "author" in reasons or "base" in reasons:
         return {}, 0, reasons
     usable = {name: each for name, each in characters.items() if name not in reasons}
-    usual = scales([sets[name].counts for name in usable] + [other.counts for other in others], columns)
+    reference = [other.counts for other in others]
+    everyone = [sets[name].counts for name in usable]
+    usual = scales([sets["base"].counts, *reference], [*everyone, *reference], columns, _PIECE)
     passages = prepare(joined([sets[name].counts for name in usable]), usual)
     return progress.measure(passages, usable, seed, repeats), progress.sample_length(usable), reasons
 
@@ -146,9 +151,3 @@ def _distance(measure: Measure, found: Mapping[str, progress.Found], reasons: Ma
 def _texts(corpus: Corpus) -> Texts:
     texts = sum(passage.opens is not None for passage in corpus.passages)
     return Texts(texts, int(corpus.counts.characters.sum()), len(corpus.passages))
-
-
-def _warnings(whole: Distance) -> list[str]:
-    if whole.tuned.high is not None and whole.ceiling.low is not None and whole.tuned.high < whole.ceiling.low:
-        return ["tuned is nearer to the author than his own other half is: look for copied texts"]
-    return []

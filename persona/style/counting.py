@@ -13,7 +13,8 @@ from persona.style import lexicon
 from persona.style.units import Language, Segmenter, passages, sentences, units, words
 
 OTHER = "(other)"  # what a distribution has outside its vocabulary
-_WORDS, _GRAMS, _PAIRS = 3000, 6000, 150  # the most frequent ones; Shakespeare's speakers are no better known by more
+_WORDS, _GRAMS, _PAIRS = 3000, 6000, 150  # the most frequent ones
+_SPREAD = 800  # words of the word distribution
 _SENTENCE_BINS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 22, 29, 38, 50)  # words, or characters; steps of about 1.3
 _TEXT_BINS = (0, 10, 20, 30, 45, 60, 85, 120, 170, 240, 340, 480, 680, 960, 1360, 1920, 2720)  # steps of about 1.4
 
@@ -72,7 +73,8 @@ def features(passage: Passage, language: Language, cut: Segmenter) -> Features:
     lengths = [len(units(sentence)) for sentence in sentences(text)]
     return {
         "words": found,
-        "characters": [flat[i : i + n] for n in (3, 4, 5) for i in range(len(flat) - n + 1)],
+        "frequent_words": found,
+        "characters": [flat[start : start + n] for n in (3, 4, 5) for start in range(len(flat) - n + 1)],
         "function_words": function,
         "delta": function if language == "en" else function + [flat[i : i + 2] for i in range(len(flat) - 1)],
         "punctuation": lexicon.marks(text),
@@ -95,6 +97,7 @@ def vocabulary(groups: Iterable[Sequence[Features]], language: Language) -> Colu
     function = lexicon.ENGLISH if language == "en" else lexicon.CHINESE
     chosen = {
         "words": [*_most(shares, "words", _WORDS, lambda _: True), OTHER],
+        "frequent_words": [*_most(shares, "words", _SPREAD, lambda _: True), OTHER],
         "characters": _most(shares, "characters", _GRAMS, lambda _: True),
         "function_words": [*sorted(function), OTHER],
         "delta": _delta(shares, language, function),

@@ -14,8 +14,6 @@ import numpy as np
 
 from persona.style.counting import OTHER, Counts
 
-_BLOCK = 1000  # characters of the pieces of the reference population
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -40,18 +38,19 @@ _SALTON = "Salton and Buckley 1988, Term-weighting approaches in automatic text 
 _COSINE = (
     "Smith and Aldridge 2011, Improving authorship attribution; Evert et al. 2017, Understanding and explaining Delta"
 )
-# The headline takes one of each layer of style, all with the same weight.
+# The headline has one of each layer of writing; punctuation weighs more because its divergences are small numbers. No
+# measure that is taken from a centre is in it: seen from any centre between author and base, or from the base, a third
+# writer who is like neither looks part of the way to the author.
 MEASURES = (
-    Measure("character_delta", "character 3- to 5-grams, z-scored", "characters", "cosine-delta", 1, _COSINE),
     Measure("words", "words", "words", "tf-idf", 1, _SALTON),
-    Measure("cosine_delta", "function words, cosine Delta", "delta", "cosine-delta", 1, _COSINE),
-    Measure("punctuation", "punctuation", "punctuation", "jensen-shannon", 1, _LIN),
-    Measure("sentence_length", "sentence length", "sentence_length", "jensen-shannon", 1, _LIN),
+    Measure("character_ngrams", "character 3- to 5-grams", "characters", "tf-idf", 1, _SALTON),
+    Measure("function_words", "function words", "function_words", "jensen-shannon", 1, _LIN),
+    Measure("punctuation", "punctuation", "punctuation", "jensen-shannon", 10, _LIN),
+    Measure("sentence_length", "sentence length", "sentence_length", "jensen-shannon", 0.5, _LIN),
     Measure("text_length", "text length", "text_length", "jensen-shannon", 0, _LIN),
+    Measure("word_distribution", "word distribution", "frequent_words", "jensen-shannon", 0, _LIN),
     Measure("burrows_delta", "function words, Burrows' Delta", "delta", "delta", 0, "Burrows 2002, 'Delta'"),
-    Measure("function_words", "function words", "function_words", "jensen-shannon", 0, _LIN),
-    Measure("word_distribution", "word distribution", "words", "jensen-shannon", 0, _LIN),
-    Measure("character_ngrams", "character 3- to 5-grams", "characters", "tf-idf", 0, _SALTON),
+    Measure("cosine_delta", "function words, cosine Delta", "delta", "cosine-delta", 0, _COSINE),
 )
 
 
@@ -80,16 +79,28 @@ class Samples:
     image: np.ndarray  # (samples, features): rates; for a cosine (samples, passages): products with each passage
     empty: np.ndarray  # (samples,): nothing of this kind is there
 
+    def take(self, rows: np.ndarray) -> "Samples":
+        """The samples in these rows, as often as they are named."""
+        return Samples(self.shares[rows], self.image[rows], self.empty[rows])
 
-def scales(groups: Sequence[Counts], columns: Mapping[str, Mapping[str, int]]) -> Scales:
-    """The scales of several authors, each with the same say, in pieces of about 1,000 characters."""
+
+def scales(
+    usual: Sequence[Counts], everyone: Sequence[Counts], columns: Mapping[str, Mapping[str, int]], piece: float
+) -> Scales:
+    """Document frequencies of `usual` and deviations of `everyone`, each author with the same say.
+
+    Documents are pieces of so many characters. A word that none of them has weighs as one that a single piece has:
+    were the author's texts among them, words that only he and the tuned model use would weigh less than his alone.
+    """
     idf, deviation = {}, {}
-    pieces = [_pieces(group) for group in groups if len(group.characters)]
+    pieces, documents = (
+        [_pieces(group, piece) for group in sets if len(group.characters)] for sets in (everyone, usual)
+    )
     for family in ("words", "characters", "delta"):
-        rates = [_rates(piece[family]) for piece in pieces]
-        present = np.mean([(rate > 0).mean(axis=0) for rate in rates], axis=0)
-        least = 0.5 / sum(len(rate) for rate in rates)
+        present = np.mean([(each[family] > 0).mean(axis=0) for each in documents], axis=0)
+        least = 1 / max(2, sum(len(each[family]) for each in documents))
         idf[family] = np.log(1 / np.clip(present, least, 1)).astype(np.float32)
+        rates = [_rates(each[family]) for each in pieces]
         mean = np.mean([rate.mean(axis=0) for rate in rates], axis=0)
         deviation[family] = np.sqrt(np.mean([((rate - mean) ** 2).mean(axis=0) for rate in rates], axis=0))
         if OTHER in columns[family]:  # no word of its own
@@ -97,9 +108,9 @@ def scales(groups: Sequence[Counts], columns: Mapping[str, Mapping[str, int]]) -
     return Scales(idf, deviation)
 
 
-def _pieces(group: Counts) -> dict[str, np.ndarray]:
-    """Neighbouring passages added up to pieces of about a block, so that the texts' length makes no difference."""
-    number = (np.cumsum(group.characters) / _BLOCK).astype(int)
+def _pieces(group: Counts, characters: float) -> dict[str, np.ndarray]:
+    """Neighbouring passages added up to pieces of about this length, so that the texts' length makes no difference."""
+    number = (np.cumsum(group.characters) / characters).astype(int)
     _, first = np.unique(number, return_index=True)
     return {family: np.add.reduceat(matrix, first, axis=0) for family, matrix in group.families.items()}
 

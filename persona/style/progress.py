@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from persona.style import sampling
-from persona.style.distances import MEASURES, Prepared, centre, distance, headline, represent
+from persona.style.distances import MEASURES, Prepared, distance, headline, represent
 from persona.style.results import Estimate
 
 HEADLINE = "style"
 _SAMPLE = 8000  # characters; longer samples only take time
-_LEAST = 300  # characters of a sample; in less, chance hides the author
-_FEWEST = 6  # passages of a set, so that its parts and bootstraps can differ
-_PARTS = {"author": 3, "base": 2}  # disjoint samples: to compare, to compare with, for the centre
-_DRAWS = 3  # samples from each bootstrapped set; their mean has little of the chance of one split
+_LEAST = 200  # characters of a sample; in less, chance hides the author
+_FEWEST = 4  # passages of a set, so that its parts and bootstraps can differ
+# Disjoint samples; the base's second is the centre of z-scores
+_PARTS = {"author": 2, "base": 2}
+_DRAWS = 6  # samples from each bootstrapped set; their mean has little of the chance of one split
 _MIXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the author's own text
 _SURE = (2.5, 97.5)  # percentiles of a 95 % interval
 
@@ -40,7 +41,7 @@ class Drawn:
     author: np.ndarray
     mixtures: list[np.ndarray]
     tuned: np.ndarray | None
-    centre: list[np.ndarray]
+    centre: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def lack(name: str, characters: np.ndarray) -> str | None:
     """Why this set is too small to be measured."""
     if len(characters) >= _FEWEST and _part(name, characters) >= _LEAST:
         return None
-    needed = f"{_FEWEST} texts and {_PARTS.get(name, 1) * _LEAST} characters, without the longest texts"
-    return f"{name}: {len(characters)} passages with {int(characters.sum())} characters; at least {needed}, are needed"
+    least = f"{_FEWEST} texts and about {(2 * _PARTS.get(name, 1) - 1) * _LEAST} characters"
+    return f"{name}: {len(characters)} texts with {int(characters.sum())} characters; {least} are needed"
 
 
 def _part(name: str, characters: np.ndarray) -> float:
-    """Characters of each of the disjoint samples that are drawn from a set; no text is in two of them."""
+    """Characters of each of the disjoint samples that are drawn from a set; the text that ends one is in no other."""
     parts = _PARTS.get(name, 1)
-    return (characters.sum() - np.sort(characters)[::-1][: parts - 1].sum()) / parts
+    return (characters.sum() - (parts - 1) * characters.mean()) / parts if len(characters) else 0
 
 
 def sample_length(sets: Sets) -> int:
@@ -93,7 +94,7 @@ def _curves(
     found = {}
     for each in MEASURES:
         first, *mixtures = (represent(each, passages, weights) for weights in (drawn.author, *drawn.mixtures))
-        middle = centre([represent(each, passages, weights) for weights in drawn.centre])
+        middle = represent(each, passages, drawn.centre)
         values = np.stack([distance(each, first, mixture, middle) for mixture in mixtures], axis=1)
         tuned = None
         if drawn.tuned is not None:
@@ -122,22 +123,33 @@ def _draw(sets: Sets, times: Sets, sample: int, generator: np.random.Generator) 
         return np.concatenate(blocks, axis=1)
 
     author = draw("author", sample, True)
-    between = [draw("author", sample, True), draw("base", sample, True)]
+    seen_from = draw("base", sample, True)
     mixtures = [
         draw("author", share * sample, False) + draw("base", (1 - share) * sample, False) for share in _MIXTURES
     ]
-    return Drawn(author, mixtures, draw("tuned", sample, True) if "tuned" in sets else None, between)
+    return Drawn(author, mixtures, draw("tuned", sample, True) if "tuned" in sets else None, seen_from)
 
 
 def _averaged(curve: Curve, repeats: int) -> Curve:
+    """The mean of the samples of each bootstrap."""
     tuned = None if curve.tuned is None else curve.tuned.reshape(repeats, -1).mean(axis=1)
     return Curve(curve.mixtures.reshape(repeats, -1, len(_MIXTURES)).mean(axis=1), tuned)
 
 
-def _found(points: Curve, bootstraps: Curve) -> Found:
-    values = [points.mixtures, bootstraps.mixtures, *(c.tuned for c in (points, bootstraps) if c.tuned is not None)]
-    if any(np.isnan(part).any() for part in values):
-        nothing = Estimate(None, reason="a sample has nothing of this kind to count")
+def _complete(curve: Curve) -> Curve | None:
+    """The rows in which no sample was empty; None if that is less than half, so that little can be said."""
+    rows = ~np.isnan(curve.mixtures).any(axis=1)
+    if curve.tuned is not None:
+        rows &= ~np.isnan(curve.tuned)
+    if rows.mean() < 0.5:
+        return None
+    return Curve(curve.mixtures[rows], None if curve.tuned is None else curve.tuned[rows])
+
+
+def _found(measured: Curve, resampled: Curve) -> Found:
+    points, bootstraps = _complete(measured), _complete(resampled)
+    if points is None or bootstraps is None:
+        nothing = Estimate(None, reason="too few texts have anything of this kind to count")
         return Found(nothing, nothing, nothing, nothing)
     middle = points.mixtures.mean(axis=0, keepdims=True)
     found = Found(
@@ -176,6 +188,5 @@ def along(mixtures: np.ndarray, tuned: np.ndarray) -> np.ndarray:
 
 def _estimate(value: float, resampled: np.ndarray, around: bool = True) -> Estimate:
     """The percentile interval; `around` a value, moved by what the bootstrap's repeated texts add to a distance."""
-    known = resampled[~np.isnan(resampled)]
-    low, high = np.percentile(known, _SURE) + (value - known.mean() if around else 0)
+    low, high = np.percentile(resampled, _SURE) + (value - resampled.mean() if around else 0)
     return Estimate(float(value), max(float(low), 0.0), float(high))
