@@ -3,8 +3,9 @@
 import os
 import re
 import sys
+import time
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from persona.errors import PersonaError
 
@@ -50,6 +51,37 @@ def table(rows: Iterable[tuple[str, str]]) -> str:
     pairs = list(rows)
     width = max((display_width(name) for name, _ in pairs), default=0)
     return "\n".join(f"  {name}{' ' * (width - display_width(name))}  {value}" for name, value in pairs)
+
+
+def columns(rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns, one line a row: the first to the left, figures to the right."""
+    lines = [list(row) for row in rows]
+    widths = [max(map(display_width, column)) for column in zip(*lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        gaps = [" " * (width - display_width(cell)) for cell, width in zip(cells, widths, strict=True)]
+        right = [gap + cell for gap, cell in zip(gaps[1:], cells[1:], strict=True)]
+        return "  ".join(["  " + cells[0] + gaps[0], *right]).rstrip()
+
+    return "\n".join(map(line, lines))
+
+
+def progress(step: str) -> Callable[[int, int, float | None], None]:
+    """Shows how far `step` is, with the time left: in place on a terminal, else now and then on a line of its own."""
+    shown_at = float("-inf")
+
+    def show(done: int, total: int, seconds: float | None) -> None:
+        nonlocal shown_at
+        on_terminal, now, end = sys.stderr.isatty(), time.monotonic(), done >= total
+        if not (end or now - shown_at >= (0.1 if on_terminal else 20)):
+            return
+        shown_at = now
+        left = f", about {duration(seconds)} left" if seconds is not None and not end else ""
+        line = f"  {step}: {done} of {total}{left}"
+        print(f"\r\x1b[K{line}" if on_terminal else line, end="\n" if end or not on_terminal else "", file=sys.stderr)
+        sys.stderr.flush()
+
+    return show
 
 
 def duration(seconds: float) -> str:

@@ -14,16 +14,38 @@ CHUNK = 2**23  # logits that exist at a time: 32 MiB in float32; 2**22 and 2**24
 
 def negative_log_likelihood(model: Any, packed: Pack) -> torch.Tensor:
     """Sum over the pack's supervised tokens of -ln p(token), in float32."""
+    if (hidden := _before_output_layer(model, packed)) is None:
+        return F.cross_entropy(supervised_logits(model, packed).float(), packed.targets, reduction="sum")
+    loss: Any = _NegativeLogLikelihood.apply(hidden, model.get_output_embeddings().weight, packed.targets)
+    return loss
+
+
+def token_losses(model: Any, packed: Pack) -> torch.Tensor:
+    """-ln p of every supervised token of the pack (supervised,), in float32 and without gradients."""
+    with torch.no_grad():
+        hidden = _before_output_layer(model, packed)
+        rows = supervised_logits(model, packed) if hidden is None else hidden
+        weight = None if hidden is None else model.get_output_embeddings().weight.to(hidden.dtype)
+        size = max(1, CHUNK // (rows.shape[1] if weight is None else len(weight)))
+        losses = []
+        for start in range(0, len(rows), size):
+            piece, wanted = rows[start : start + size], packed.targets[start : start + size]
+            logits = piece if weight is None else F.linear(piece, weight)
+            losses.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
+        return torch.cat(losses)
+
+
+def _before_output_layer(model: Any, packed: Pack) -> torch.Tensor | None:
+    """What the output layer reads at the supervised positions (supervised, size); None where it is not plain."""
     head = model.get_output_embeddings()
     if model.config.model_type not in KNOWN or head.bias is not None:
-        return F.cross_entropy(supervised_logits(model, packed).float(), packed.targets, reduction="sum")
-    head.forward = lambda hidden: hidden  # the output layer is applied below
+        return None
+    head.forward = lambda hidden: hidden  # the output layer is applied elsewhere
     try:
         hidden = supervised_logits(model, packed)
     finally:
         del head.forward
-    loss: Any = _NegativeLogLikelihood.apply(hidden.to(compute_dtype(hidden)), head.weight, packed.targets)
-    return loss
+    return hidden.to(compute_dtype(hidden))
 
 
 def supervised_logits(model: Any, packed: Pack) -> torch.Tensor:

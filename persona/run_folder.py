@@ -65,6 +65,7 @@ def next_commands(run: Path) -> str:
     commands = [
         ("talk to it", f"python test_model.py {name}"),
         ("see how it learned", f"python plot_loss.py {name}"),
+        ("does it sound right?", f"python evaluate_model.py report {name}"),
         ("make one model of it", f"python merge_lora_to_fp16.py {name}"),
     ]
     return "Next:\n" + table(commands)

@@ -207,3 +207,37 @@ def test_console_is_imported_at_once():
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import persona.console"], cwd=ROOT, check=True)
     assert time.perf_counter() - begun < 2
+
+
+def test_columns_are_aligned_by_what_a_terminal_shows():
+    from persona.console import columns
+
+    lines = columns([("", "base", "tuned"), ("灯塔", "1.50", "2"), ("a longer name", "10.25", "")]).split("\n")
+    assert lines == [
+        "                  base  tuned",
+        "  灯塔            1.50      2",
+        "  a longer name  10.25",
+    ]
+
+
+def test_progress_says_the_time_left_and_ends_with_a_line(capsys):
+    from persona.console import progress
+
+    show = progress("replies")
+    show(0, 4, None)
+    show(2, 4, 65.0)  # too soon after the first to be worth a line where there is no terminal
+    show(4, 4, 0.0)
+    assert capsys.readouterr().err == "  replies: 0 of 4\n  replies: 4 of 4\n"
+
+
+def test_progress_writes_in_place_on_a_terminal(capsys, monkeypatch):
+    from persona.console import progress
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("time.monotonic", iter([10.0, 20.0, 30.0]).__next__)
+    show = progress("replies")
+    for done, left in ((0, None), (2, 65.0), (4, 0.0)):
+        show(done, 4, left)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "2 of 4, about 1 min 05 s left" in said

@@ -138,7 +138,8 @@ def test_the_page_is_self_contained_and_shows_text_as_text(tmp_path):
     assert run(path, "--output", tmp_path / "out").returncode == 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     assert "&lt;b&gt;" in page
     for words in ("30 records read = 30 written", "Advice", "Length of records", "Languages", "Examples"):
         assert words in page

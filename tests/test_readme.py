@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-PAGES = (*READMES, "CONTRIBUTING.md", "config/README.md", "data/README.md", "docs/devices.md", "docs/export.md")
+DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+PAGES = (*READMES, "CONTRIBUTING.md", "config/README.md", "data/README.md", *DOCS)
 TWO_COMMANDS = (
     "pip install -r requirements.txt && python finetune.py",
     "pip install -r requirements-dev.txt && python -m pytest",

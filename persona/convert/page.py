@@ -3,17 +3,8 @@
 from html import escape
 from typing import Any
 
-_STYLE = """
-body{font:16px/1.5 system-ui,"Noto Sans CJK SC","Microsoft YaHei",sans-serif;max-width:60rem;margin:2rem auto;
-padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.2rem .6rem .2rem 0;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.bar{background:#4a7fb5;height:.8rem;display:inline-block}.warn{background:#fff4d6;padding:.5rem .8rem;margin:.5rem 0}
-.said{border-left:3px solid #ccc;padding-left:.8rem;margin:.6rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
-.said.assistant{border-color:#4a7fb5}.role{color:#777;font-size:.85rem;display:block}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}.warn{background:#4a3c12}h2{border-color:#444}}
-"""
+from persona.pages import document
+
 _EXAMPLES = 5
 _LONGEST = 600  # characters of an example's message
 
@@ -22,9 +13,6 @@ def page(report: dict[str, Any], examples: list[dict[str, Any]]) -> str:
     """The page as text; `examples` are records."""
     statistics = report["statistics"]
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>Data report</title><style>{_STYLE}</style></head><body>",
         "<h1>Data report</h1>",
         _sentence(report),
         _section("Advice", _advice(report["warnings"])),
@@ -55,9 +43,8 @@ def page(report: dict[str, Any], examples: list[dict[str, Any]]) -> str:
             f'<div class="said">{escape(report["system_prompt"] or "")}</div>' * bool(report["system_prompt"]),
         ),
         _section("Examples", "".join(_example(record) for record in examples[:_EXAMPLES])),
-        "</body></html>\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return document("Data report", "\n".join(part for part in parts if part))
 
 
 def _advice(lines: list[str]) -> str:

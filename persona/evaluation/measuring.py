@@ -1,0 +1,104 @@
+"""The loaded model of a subject, and its scores on files: one model, its adapter switched on and off."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from persona.dataset import render_records
+from persona.errors import UsageError
+from persona.evaluation.figures import FileScore
+from persona.evaluation.inputs import Measured, Subject
+from persona.evaluation.score import conversation_losses, score_of, shared_beginnings
+from persona.evaluation.writing import CACHE, Watch, Writer, identity_of
+from persona.generation import Speaker, load_speaker
+from persona.modeling import choose_precision
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A subject's model in memory."""
+
+    subject: Subject
+    speaker: Speaker
+    precision: str
+    writer: Writer
+
+
+def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch) -> Loaded:
+    """Load the model of `subject` as it was trained; a merged one in 16 bits, or in 4 where `in_4bit` asks for it.
+
+    Raises `UsageError` for texts, which have no model.
+    """
+    if subject.base is None:
+        raise UsageError(f"{subject.name} is a file of texts: it has no perplexity and cannot answer. Name a model.")
+    quantization = subject.config.quantization
+    if subject.kind != "adapter":
+        quantization = quantization.model_copy(update={"load_in_4bit": in_4bit})
+    speaker = load_speaker(subject.config, subject.base, subject.adapter, quantization.load_in_4bit)
+    precision = choose_precision(subject.config.training.precision, speaker.model.device)
+    identity = identity_of(subject.base, subject.adapter, quantization)
+    return Loaded(subject, speaker, precision, Writer(speaker, batch_size, identity, subject.output / CACHE, watch))
+
+
+def score(loaded: Loaded, files: Sequence[Measured], watch: Watch) -> tuple[FileScore, ...]:
+    """The scores of base and tuned on `files`."""
+    config, speaker = loaded.subject.config, loaded.speaker
+    limit = config.evaluation.max_tokens_per_pack
+    found = []
+    for file in files:
+        dataset = render_records(file.records, speaker.fmt, file.system, config.data.max_length)
+        role = "held_out" if file.own else "control"
+        with shared_beginnings(speaker.model, dataset.examples, limit, loaded.precision) as share:
+            progress = watch(f"perplexity on {file.path.name}")
+            losses = conversation_losses(speaker.model, dataset, limit, loaded.precision, share, progress)
+        found.append(score_of(file.path, role, dataset, losses, config.seed))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Perplexities of several models on several files: each should expect its own author's file best."""
+
+    models: tuple[str, ...]
+    files: tuple[str, ...]
+    perplexity: tuple[tuple[float, ...], ...]
+    """A row a file, a column a model; the last column is the base of the first model, where that has one."""
+    own: tuple[str | None, ...]
+    """For each file the model whose held-out file it is."""
+
+
+def matrix(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: bool, watch: Watch) -> Matrix:
+    """Score every subject on the held-out files of all, one model in memory at a time (as in arXiv 2510.21958).
+
+    A file keeps its own system prompt, so that every model reads the same text.
+    """
+    held_out: dict[Path, Measured] = {}
+    for subject in subjects:
+        held_out.setdefault(subject.held_out.path.resolve(), subject.held_out)
+    files = [*held_out.values(), *controls]
+    columns: list[list[float]] = []
+    bases: list[list[float]] = []
+    for subject in subjects:
+        found = score(load(subject, in_4bit, 1, watch), files, lambda step, of=subject.name: watch(f"{of}: {step}"))
+        columns.append([one.score.tuned.perplexity.value for one in found])
+        bases.append([one.score.base.perplexity.value for one in found if one.score.base is not None])
+        gc.collect()
+        torch.cuda.empty_cache()
+    names = [subject.name for subject in subjects]
+    if bases[0]:
+        columns.append(bases[0])
+        names.append(f"base of {subjects[0].name}" if len(set(map(tuple, bases))) > 1 else "base")
+    owners = {subject.held_out.path.resolve(): subject.name for subject in reversed(subjects)}
+    return Matrix(
+        models=tuple(names),
+        files=tuple(_label(file.path) for file in files),
+        perplexity=tuple(zip(*columns, strict=True)),
+        own=tuple(owners.get(file.path.resolve()) if file.own else None for file in files),
+    )
+
+
+def _label(path: Path) -> str:
+    return "/".join(path.parts[-2:])  # many are called val.jsonl
