@@ -22,36 +22,54 @@ def likeness(author: Sequence[str], texts: Sides[list[str]], seed: int) -> Style
 def _report(found: Comparison, measured: Side, texts: Sides[list[str]]) -> StyleReport:
     """The figures of `found`, where `measured` is called what here is the tuned side."""
     has_base = measured == "tuned"
-    reasons = dict.fromkeys(
-        estimate.reason
-        for far in (found.distance, *found.distances)
-        for estimate in (far.ceiling, far.floor, *([far.tuned] if has_base else []))
-        if estimate.reason is not None
-    )
     return StyleReport(
         headline=_estimate(found.score) if has_base else None,
         words=found.words,
         texts=len(texts.tuned),
-        distances=tuple(
-            Distance(far.label, author, Sides(tuned, far.floor.value if has_base else None))
-            for far in found.distances
-            if (tuned := far.tuned.value if has_base else far.floor.value) is not None
-            and (author := _estimate(far.ceiling)) is not None
-        ),
-        distributions=tuple(
-            Distribution(one.label, one.bins, one.author, Sides(tuned, one.base if has_base else None))
-            for one in found.histograms
-            if one.author is not None and (tuned := getattr(one, measured)) is not None
-        ),
-        phrases=tuple(
-            Phrase(phrase.text, phrase.author, Sides(tuned, phrase.base if has_base else None))
-            for phrase in found.phrases
-            if (tuned := getattr(phrase, measured)) is not None
-        ),
+        distances=_distances(found, has_base),
+        distributions=_distributions(found, measured, has_base),
+        phrases=_phrases(found, measured, has_base),
         diversity=Sides(_diversity(found, measured), _diversity(found, "base") if has_base else None),
         author_diversity=_diversity(found, "author"),
-        notes=(*found.notes, *(f"not measured: {reason}" for reason in reasons)),
+        notes=(*found.notes, *_reasons(found, has_base)),
     )
+
+
+def _distances(found: Comparison, has_base: bool) -> tuple[Distance, ...]:
+    made = []
+    for far in found.distances:
+        author = _estimate(far.ceiling)
+        tuned = far.tuned.value if has_base else far.floor.value
+        if author is not None and tuned is not None:
+            made.append(Distance(far.label, author, Sides(tuned, far.floor.value if has_base else None)))
+    return tuple(made)
+
+
+def _distributions(found: Comparison, measured: Side, has_base: bool) -> tuple[Distribution, ...]:
+    made = []
+    for one in found.histograms:
+        tuned = getattr(one, measured)
+        if one.author is not None and tuned is not None:
+            made.append(Distribution(one.label, one.bins, one.author, Sides(tuned, one.base if has_base else None)))
+    return tuple(made)
+
+
+def _phrases(found: Comparison, measured: Side, has_base: bool) -> tuple[Phrase, ...]:
+    made = []
+    for phrase in found.phrases:
+        tuned = getattr(phrase, measured)
+        if tuned is not None:
+            made.append(Phrase(phrase.text, phrase.author, Sides(tuned, phrase.base if has_base else None)))
+    return tuple(made)
+
+
+def _reasons(found: Comparison, has_base: bool) -> list[str]:
+    """Why something was not measured, each reason once."""
+    said: list[str] = []
+    for far in (found.distance, *found.distances):
+        estimates = [far.ceiling, far.floor, far.tuned] if has_base else [far.ceiling, far.floor]
+        said += [f"not measured: {estimate.reason}" for estimate in estimates if estimate.reason is not None]
+    return list(dict.fromkeys(said))
 
 
 def _estimate(found: Measured) -> Estimate | None:

@@ -84,7 +84,7 @@ def chosen(records: Sequence[Record], limit: int | None, seed: int) -> list[Reco
     """All of `records`, or `limit` of them drawn by the seed, in their order."""
     if limit is None or limit >= len(records):
         return list(records)
-    ranked = sorted(range(len(records)), key=lambda number: rank(seed, records[number].to_json()))
+    ranked = sorted(range(len(records)), key=lambda number: rank(seed, records[number].encoded().decode("utf-8")))
     return [records[number] for number in sorted(ranked[:limit])]
 
 
