@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from persona.history import History, Points
+from persona.proportions import wilson
 
 # Between updates 36 and 54 of the default run the loss of a single token moved by 0.14 nats (standard deviation over
 # 1,197 tokens); tokens of a reply move together, so that their mean is as uncertain as with 0.20. Twice that, since
@@ -233,7 +234,7 @@ def _forgetting(ratio: Estimate) -> Finding:
 
 def _stopping(ended: int, replies: int) -> Finding:
     text = f"{ended} of {replies} replies ended by themselves"
-    if wilson(ended, replies).high >= ENDED:
+    if wilson(ended, replies)[1] >= ENDED:
         return Finding("stops", f"{text}.")
     return Finding(
         "does_not_stop",
@@ -245,7 +246,7 @@ def _stopping(ended: int, replies: int) -> Finding:
 
 def _character(count: int, replies: int) -> Finding:
     text = f"{count} of {replies} replies step out of character"
-    if wilson(count, replies).low <= OUT_OF_CHARACTER:
+    if wilson(count, replies)[0] <= OUT_OF_CHARACTER:
         return Finding("in_character", f"{text}.")
     return Finding(
         "breaks_character",
@@ -256,17 +257,9 @@ def _character(count: int, replies: int) -> Finding:
 
 def _memory(remembered: int, facts: int) -> Finding:
     text = f"{remembered} of {facts} facts about the character are in its answers"
-    if wilson(remembered, facts).high >= REMEMBERED:
+    if wilson(remembered, facts)[1] >= REMEMBERED:
         return Finding("remembers", f"{text}.")
     return Finding("does_not_remember", f"It knows little of the character: {text}.", "Raise data.settings_weight.")
-
-
-def wilson(count: int, of: int) -> Estimate:
-    """A share with its 95 % score interval (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
-    z, share = 1.959964, count / of
-    centre, scale = (share + z * z / (2 * of)), 1 + z * z / of
-    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return Estimate(share, max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0))
 
 
 def as_text(findings: Sequence[Finding]) -> str:

@@ -14,8 +14,8 @@ from scipy import stats
 
 from persona.errors import DataError, UsageError
 from persona.evaluation.preference import describe, score_sheet
-from persona.evaluation.proportions import binomial_p, cohen_kappa, log_odds, preference, wilson
 from persona.evaluation.sheet import make_sheet
+from persona.proportions import binomial_p, cohen_kappa, log_odds, preference, wilson
 
 
 class Prediction(NamedTuple):

@@ -10,7 +10,8 @@ PACKAGE = ROOT / "persona"
 
 # A module imports from its own layer and from those above it in this list, never from below; docs of the design agree.
 LAYERS = (
-    ("errors", "foreign_names", "config", "records", "console", "history", "verdict", "curves", "pages"),
+    ("errors", "foreign_names", "config", "records", "console", "history", "proportions", "verdict", "curves")
+    + ("pages",),
     ("convert", "tokens", "render", "style", "copying"),
     ("folders", "hub", "sources", "offsets", "storage", "artifacts", "dataset", "plan")
     + ("attention", "packing", "fused", "loss", "modeling", "merging", "export"),

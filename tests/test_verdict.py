@@ -8,7 +8,7 @@ from runs import config
 
 from persona.config import setting_names
 from persona.history import History
-from persona.verdict import Estimate, Evaluated, as_text, noise, of_evaluation, of_training, wilson
+from persona.verdict import Estimate, Evaluated, as_text, noise, of_evaluation, of_training
 
 TOKENS, PER_EPOCH = 10_000, 10  # differences below 0.008 may be chance
 
@@ -142,14 +142,6 @@ def test_what_was_measured_is_judged_by_its_whole_interval(values, kind, text):
 
 def test_what_was_not_measured_is_not_mentioned():
     assert of_evaluation(Evaluated(replies=40)) == []
-
-
-@pytest.mark.parametrize(("count", "of"), [(0, 10), (5, 10), (39, 40), (40, 40), (1, 1)])
-def test_the_interval_is_scipys(count, of):
-    stats = pytest.importorskip("scipy.stats")
-    interval = stats.binomtest(count, of).proportion_ci(method="wilson")
-    ours = wilson(count, of)
-    assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high), abs=1e-6)
 
 
 def test_a_run_ends_with_its_verdict(tmp_path, tiny_model, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 
 from persona.console import excerpt, safe, table
 from persona.evaluation.answers import Answers, Key, read_answers, read_key
-from persona.evaluation.proportions import Preference, binomial_p, cohen_kappa, preference
+from persona.proportions import Preference, binomial_p, cohen_kappa, preference
 
 _POSITION_P = 0.01  # below it a reader's habit of one side is worth a line
 
