@@ -21,7 +21,7 @@ def run_score(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit
     if len(subjects) > 1:
         report(tables.matrix(matrix(subjects, controls, in_4bit, progress)))
         return
-    loaded = load(subjects[0], in_4bit, 1, progress)
+    loaded = load(subjects[0], in_4bit, 1, progress, writes=False)
     report(tables.scores(score(loaded, [subjects[0].held_out, *controls], progress)))
 
 

@@ -14,7 +14,7 @@ from persona.evaluation.inputs import Measured, Subject
 from persona.evaluation.score import conversation_losses, score_of, shared_beginnings
 from persona.evaluation.writing import CACHE, Watch, Writer, identity_of
 from persona.generation import Speaker, load_speaker
-from persona.modeling import choose_precision
+from persona.modeling import choose_device, choose_precision
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,11 @@ class Loaded:
     writer: Writer
 
 
-def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch) -> Loaded:
+def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch, writes: bool = True) -> Loaded:
     """Load the model of `subject` as it was trained; a merged one in 16 bits, or in 4 where `in_4bit` asks for it.
+
+    On a CPU a model that `writes` computes in float32: in bfloat16 so many choices are near ties, each of which takes a
+    pass of its own (`persona.decoding.MARGIN`), that replies took several times as long.
 
     Raises `UsageError` for texts, which have no model.
     """
@@ -37,8 +40,11 @@ def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch) -> Load
     quantization = subject.config.quantization
     if subject.kind != "adapter":
         quantization = quantization.model_copy(update={"load_in_4bit": in_4bit})
-    speaker = load_speaker(subject.config, subject.base, subject.adapter, quantization.load_in_4bit)
-    precision = choose_precision(subject.config.training.precision, speaker.model.device)
+    config = subject.config
+    if writes and choose_device(config.model.device).type == "cpu":
+        config = config.model_copy(update={"training": config.training.model_copy(update={"precision": "fp32"})})
+    speaker = load_speaker(config, subject.base, subject.adapter, quantization.load_in_4bit)
+    precision = choose_precision(config.training.precision, speaker.model.device)
     identity = identity_of(subject.base, subject.adapter, quantization)
     return Loaded(subject, speaker, precision, Writer(speaker, batch_size, identity, subject.output / CACHE, watch))
 
@@ -82,7 +88,9 @@ def matrix(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: b
     columns: list[list[float]] = []
     bases: list[list[float]] = []
     for subject in subjects:
-        found = score(load(subject, in_4bit, 1, watch), files, lambda step, of=subject.name: watch(f"{of}: {step}"))
+        found = score(
+            load(subject, in_4bit, 1, watch, writes=False), files, lambda step, of=subject.name: watch(f"{of}: {step}")
+        )
         columns.append([one.score.tuned.perplexity.value for one in found])
         bases.append([one.score.base.perplexity.value for one in found if one.score.base is not None])
         gc.collect()
