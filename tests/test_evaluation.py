@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,14 @@ def test_base_and_tuned_are_one_model_and_the_adapter_is_put_back(home):
     first, second = (measuring.score(loaded, [held_out], lambda _: lambda *_: None)[0] for _ in range(2))
     assert first == second
     assert first.score.base.perplexity.value > 2 * first.score.tuned.perplexity.value
+
+
+def test_on_a_cpu_it_writes_in_float32_and_scores_as_it_was_trained(home):
+    subject = subject_of()
+    training = subject.config.training.model_copy(update={"precision": "bf16"})
+    subject = replace(subject, config=subject.config.model_copy(update={"training": training}))
+    assert measuring.load(subject, False, 2, lambda _: lambda *_: None).precision == "fp32"
+    assert measuring.load(subject, False, 2, lambda _: lambda *_: None, writes=False).precision == "bf16"
 
 
 def test_a_matrix_of_two_runs_has_its_lowest_figures_on_the_diagonal(home, tiny_model, tmp_path):
