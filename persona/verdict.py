@@ -212,9 +212,9 @@ def _style(progress: Estimate) -> Finding:
 def _copying(measured: Evaluated, copied: Estimate) -> Finding:
     text = (
         f"{copied.value:.0%} of its replies stands word for word in the training data ({_between(copied)}; of the "
-        f"author's own held-out replies {measured.copied_by_author:.0%}); the longest copy has {measured.longest_copy} "
-        "tokens."
+        f"author's own held-out replies {measured.copied_by_author:.0%})"
     )
+    text += f"; the longest copy has {measured.longest_copy} tokens." if measured.longest_copy else "."
     if copied.low <= measured.copied_by_author + COPIED:
         return Finding("copied_share", text)
     advice = "Lower training.num_train_epochs or lora.r; more conversations help most."

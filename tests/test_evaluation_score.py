@@ -9,12 +9,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from runs import conversations, write_jsonl
+from scipy import stats
 from tiny import family, model
 
 from persona.attention import NAME
 from persona.config import Lora
 from persona.dataset import render_records
-from persona.evaluation.estimates import LEAST, mapped, mean, ratio
+from persona.evaluation.estimates import LEAST, mapped, mean, ratio, share
 from persona.evaluation.score import Losses, conversation_losses, example_losses, score_of, shared_beginnings
 from persona.loss import negative_log_likelihood, token_losses
 from persona.modeling import add_adapter
@@ -217,7 +218,7 @@ def test_too_few_conversations_have_no_interval():
 
 
 def test_figures_that_are_all_alike_have_an_interval_of_no_width():
-    alike = mean([1.0] * 12, 0)
+    alike = ratio([2.0] * 12, [2.0] * 12, 0)  # as base and tuned under a fresh adapter
     assert (alike.low, alike.value, alike.high) == (1.0, 1.0, 1.0)
 
 
@@ -235,3 +236,13 @@ def test_a_file_keeps_its_name_and_hash(fmt, dataset, file):
     assert two.file == "灯 塔.jsonl"
     assert two.sha256 == one.sha256
     assert replace(two, file=one.file) == one
+
+
+@pytest.mark.parametrize("count", [LEAST, 17, 200])
+def test_all_or_nothing_in_a_few_is_not_certain(count):
+    none, all_of_them = share([0] * count, [12] * count, 0), share([12] * count, [12] * count, 0)
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(stats.binomtest(0, count).proportion_ci(method="wilson").high)
+    assert (all_of_them.value, all_of_them.high) == (1.0, 1.0)
+    assert all_of_them.low == pytest.approx(1 - none.high)
+    assert mean([0.0] * count, 0) == none

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from persona.evaluation.figures import Estimate
+from persona.proportions import wilson
 
 RESAMPLES = 4000
 LEAST = 5  # conversations; from fewer an interval says nothing
@@ -55,15 +56,21 @@ def _standard_error(x: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 def mean(values: Sequence[float], seed: int) -> Estimate:
     """The mean of shares from 0 to 1, one a question, with its interval."""
-    found = ratio(values, [1.0] * len(values), seed)
-    return within(found, 0.0, 1.0)
+    return share(values, [1.0] * len(values), seed)
 
 
-def within(estimate: Estimate, lowest: float, highest: float) -> Estimate:
-    """`estimate` with its interval cut to what is possible."""
-    if estimate.low is None or estimate.high is None:
-        return estimate
-    return Estimate(estimate.value, max(estimate.low, lowest), min(estimate.high, highest))
+def share(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Estimate:
+    """`ratio` of what cannot be below 0 or above 1.
+
+    All or nothing throughout leaves nothing to resample; then the interval is Wilson's, as if each were one trial.
+    """
+    found = ratio(parts, wholes, seed)
+    if found.low is None or found.high is None:
+        return found
+    if found.value in (0.0, 1.0):
+        low, high = wilson(round(found.value * len(parts)), len(parts))
+        return Estimate(found.value, low, high)
+    return Estimate(found.value, max(found.low, 0.0), min(found.high, 1.0))
 
 
 def mapped(estimate: Estimate, function: Callable[[float], float]) -> Estimate:

@@ -10,7 +10,7 @@ from pathlib import Path
 from persona.copying import Copying as Searched
 from persona.copying import copied_spans, index_training
 from persona.decoding import greedy
-from persona.evaluation.estimates import ratio, within
+from persona.evaluation.estimates import share
 from persona.evaluation.figures import Copying, Estimate, Exchange, Replies, Sides, Span, StyleReport
 from persona.evaluation.inputs import Subject
 from persona.evaluation.likeness import likeness
@@ -133,8 +133,8 @@ def copied(subject: Subject, texts: Sides[list[str]]) -> Copied | None:
     marked = [tuple(Span(s.start, s.end, sources[s.source][1]) for s in one.spans) for one in found.tuned]
     said = [one for one in found.tuned if one.tokens]
     parts, wholes = ([getattr(one, name) for one in said] for name in ("copied_tokens", "tokens"))
-    share = within(ratio(parts, wholes, subject.config.seed), 0.0, 1.0) if said else Estimate(0.0)
-    return Copied(found.each(lambda side: _copying(side, sources)), marked, share, _share(own))
+    of_all = share(parts, wholes, subject.config.seed) if said else Estimate(0.0)
+    return Copied(found.each(lambda side: _copying(side, sources)), marked, of_all, _share(own))
 
 
 def _share(found: Sequence[Searched]) -> float:
