@@ -177,8 +177,9 @@ def _block(group: Sequence[Segment], device: torch.device) -> Block:
         seen[start - first : stop - first, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
     by_all = seen[:, :first].all(0).nonzero().flatten().tolist()
     by_some = (seen[:, :first].any(0) & ~seen[:, :first].all(0)).nonzero().flatten().tolist()
-    hidden = ~seen[:, [*by_some, *range(first, end)]]
-    return Block(first, end, [*_stretches(by_all), *_stretches(by_some), (first, end)], hidden.to(device))
+    seen_by_some = seen[:, [*by_some, *range(first, end)]]
+    bias = torch.zeros(seen_by_some.shape).masked_fill_(~seen_by_some, float("-inf"))
+    return Block(first, end, [*_stretches(by_all), *_stretches(by_some), (first, end)], bias.to(device))
 
 
 def _stretches(positions: Sequence[int]) -> list[tuple[int, int]]:

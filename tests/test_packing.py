@@ -311,7 +311,7 @@ def attended(packed):
         sources = [position for begin, end in block.sources for position in range(begin, end)]
         assert len(set(sources)) == len(sources)
         seen = torch.ones(block.end - block.begin, len(sources), dtype=torch.bool)
-        seen[:, len(sources) - block.hidden.shape[1] :] &= ~block.hidden
+        seen[:, len(sources) - block.bias.shape[1] :] &= block.bias == 0
         mask[block.begin : block.end, sources] = seen
     return mask
 

@@ -98,8 +98,8 @@ def test_the_trial_always_has_branches(case):
 
 def sees_its_sisters(group, device, right=packing._block):
     block = right(group, device)
-    rows, columns = block.hidden.shape
-    return replace(block, hidden=torch.ones(rows, columns).triu(columns - rows + 1).bool())
+    rows, columns = block.bias.shape
+    return replace(block, bias=torch.full((rows, columns), float("-inf")).triu(columns - rows + 1))
 
 
 def sees_too_little(group, device, right=packing._block):
