@@ -19,6 +19,7 @@ from torch import nn
 # Norms, gated layers and output layers of these compute what is written here and in persona/loss.py (no scale and no
 # soft cap behind the output layer); any other architecture keeps its own
 KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+ROWS = 512  # of a norm at a time on a CPU: float32 copies in one piece left holes in memory, a tenth of all of it
 _UNPACKED = "weight_unpacked"  # attribute of a 4-bit layer
 
 
@@ -65,28 +66,38 @@ def _adapted(module: Any, without: Any, x: torch.Tensor, *args: Any, **options: 
         return without(x, *args, **options)
     x = x.to(compute_dtype(x))
     dropped = module.lora_dropout[name](x)
-    y: Any = _Adapted.apply(x, dropped, a.weight, b.weight, module.base_layer, module.scaling[name])
+    again = getattr(x, "again", None) if dropped is x else None
+    y: Any = _Adapted.apply(x, dropped, a.weight, b.weight, module.base_layer, module.scaling[name], again)
     return y
 
 
 class _Adapted(torch.autograd.Function):
-    """W x + bias + scale B A d, where d is x or x after dropout (LoRA, arXiv 2106.09685)."""
+    """W x + bias + scale B A d, where d is x or x after dropout (LoRA, arXiv 2106.09685); `again` computes d again."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, d: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: Any, scale: float
+        ctx: Any,
+        x: torch.Tensor,
+        d: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        base: Any,
+        scale: float,
+        again: Any,
     ) -> torch.Tensor:
         a, b, rows = a.to(x.dtype), b.to(x.dtype), x.flatten(0, -2)
         low = d.flatten(0, -2) @ a.T
         y = F.linear(rows, _frozen(base, x.dtype), None if base.bias is None else base.bias.to(x.dtype))
         y.addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(d, low, a, b)
-        ctx.base, ctx.scale, ctx.dropped = base, scale, d is not x
+        ctx.save_for_backward(None if again else d, low, a, b)
+        ctx.base, ctx.scale, ctx.dropped, ctx.again = base, scale, d is not x, again
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         d, low, a, b = ctx.saved_tensors
+        if ctx.again:
+            d, ctx.again = ctx.again(), None
         grad = grads[0].to(d.dtype).flatten(0, -2)
         grad_low = (grad @ b).mul_(ctx.scale)
         grad_x = grad_d = None
@@ -98,7 +109,7 @@ class _Adapted(torch.autograd.Function):
         if ctx.dropped and ctx.needs_input_grad[1]:
             grad_d = (grad_low @ a).view(d.shape)
         grad_b = (grad.T @ low).mul_(ctx.scale)
-        return grad_x, grad_d, grad_low.T @ d.flatten(0, -2), grad_b, None, None
+        return grad_x, grad_d, grad_low.T @ d.flatten(0, -2), grad_b, None, None, None
 
 
 def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -152,22 +163,42 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for rows, factor, into in _few_rows(x, scale, out):
+            wide = rows.float()
+            torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon, out=factor)
+            torch.mul((wide * factor).to(x.dtype), weight, out=into)
         ctx.save_for_backward(x, scale, weight)
-        return (wide * scale).to(x.dtype) * weight
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, scale, weight = ctx.saved_tensors
-        normed, grad = x.float() * scale, (grads[0] * weight).float()
-        along = (grad * normed).mean(-1, keepdim=True)
-        return (grad - normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for rows, received, factor, into in _few_rows(x, grads[0], scale, out):
+            normed, grad = rows.float() * factor, (received * weight).float()
+            along = (grad * normed).mean(-1, keepdim=True)
+            into.copy_((grad - normed.mul_(along)).mul_(factor))
+        return out, None, None
+
+
+def _few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors (..., size) as rows, few of each at a time; all at once on a card."""
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    few = ROWS if flat[0].device.type == "cpu" else max(1, len(flat[0]))
+    return zip(*(rows.split(few) for rows in flat), strict=True)
 
 
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
-    product: Any = _Product.apply(module.gate_proj(x), module.up_proj(x))
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    product: Any = _Product.apply(gate, up)
+    product.again = partial(_product, gate.detach(), up.detach())  # a fifth of all that is kept, were it kept
     return module.down_proj(product)
+
+
+def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate).mul_(up)
 
 
 class _Product(torch.autograd.Function):
@@ -176,7 +207,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return _product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
