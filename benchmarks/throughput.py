@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=64, help="how many; a multiple of 8 (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="how often, in turn (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="max_tokens_per_pack (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=1984, help="max_tokens_per_pack (%(default)s)")
     parser.add_argument("--layouts", nargs="+", default=list(OURS), choices=OURS, help="which of ours (all)")
     parser.add_argument("--workloads", nargs="+", default=["card", "line"], choices=["card", "line"])
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL")
