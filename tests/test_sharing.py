@@ -226,6 +226,17 @@ def test_all_of_a_known_model_is_fused(tmp_path, bits):
     assert kinds == {"_adapted": 14, "_norm": 9, "_gated": 2}
 
 
+def test_of_a_gated_layer_gate_and_up_are_kept_and_their_product_is_not():
+    tuned = with_adapter(model("llama"))
+    fused.fuse(tuned)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = tuned(input_ids=torch.arange(20)[None]).logits.sum()
+    wide = [tensor for tensor in kept if tensor.shape == (1, 20, tuned.config.intermediate_size)]
+    assert len({tensor.data_ptr() for tensor in wide}) == 2 * tuned.config.num_hidden_layers
+    loss.backward()
+
+
 def test_layers_with_more_to_them_keep_their_own_forward():
     from peft import LoraConfig, get_peft_model
 
