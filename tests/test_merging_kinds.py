@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_adapters(bases, tmp_path, kind):
     check(bases("llama"), tmp_path, **KINDS[kind])
+
+
+def test_a_merge_leaves_the_number_of_threads_alone(bases, tmp_path):
+    def threads():
+        with ThreadPoolExecutor(1) as pool:
+            return torch.get_num_threads(), pool.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check(bases("llama"), tmp_path)
+        assert threads() == (2, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_biases_of_the_adapter_itself(bases, tmp_path):

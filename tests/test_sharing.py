@@ -13,6 +13,7 @@ from test_packing import attended, cases, with_adapter
 from tiny import family, model, save_model
 
 from persona import fused, packing
+from persona import loss as loss_module
 from persona.attention import NAME, tree_attention
 from persona.config import Lora, Quantization
 from persona.modeling import add_adapter, load_base
@@ -224,6 +225,39 @@ def test_all_of_a_known_model_is_fused(tmp_path, bits):
     kinds = Counter(vars(module)["forward"].func.__name__ for module in tuned.modules() if "forward" in vars(module))
     # two layers of 7 linear ones and 4 norms (two of them on queries and keys), and the norm at the end
     assert kinds == {"_adapted": 14, "_norm": 9, "_gated": 2}
+
+
+def test_a_norm_computed_in_parts_is_that_of_transformers(monkeypatch):
+    monkeypatch.setattr(fused, "ROWS", 7)
+    made = model("llama")
+    norm = made.model.norm
+    with torch.no_grad():
+        norm.weight.normal_()
+    norm.weight.requires_grad_(False)
+    x = torch.randn(2, 25, made.config.hidden_size)
+    results = []
+    for forward in (norm, lambda rows: fused._norm(norm, rows)):
+        rows = x.clone().requires_grad_()
+        out = forward(rows)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        results.append((out, rows.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert fused._norm(norm, x.bfloat16()).dtype == norm(x.bfloat16()).dtype == torch.float32
+
+
+def test_a_loss_made_in_parts_is_that_of_the_whole(monkeypatch):
+    hidden, weight = torch.randn(23, 16), torch.randn(50, 16)
+    targets = torch.randint(50, (23,))
+    rows = hidden.clone().requires_grad_()
+    F.cross_entropy(rows @ weight.T, targets, reduction="sum").backward()
+    monkeypatch.setattr(loss_module, "CHUNK", 50 * 10)
+    monkeypatch.setattr(loss_module, "PIECE", 50 * 3)
+    found = hidden.clone().requires_grad_()
+    total = loss_module._NegativeLogLikelihood.apply(found, weight, targets)
+    total.backward()
+    torch.testing.assert_close(found.grad, rows.grad, rtol=1e-5, atol=1e-6)
+    right = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    assert total.item() == pytest.approx(right.item(), rel=1e-6)
 
 
 def test_of_a_gated_layer_gate_and_up_are_kept_and_their_product_is_not():

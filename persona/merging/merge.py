@@ -172,6 +172,7 @@ def _write_weights(plan: Sequence[Output], folder: Path, shard_bytes: int, dtype
         places = accumulate((tensor.size for tensor in tensors), initial=len(start))
         jobs += [(tensor, folder / file_name, place) for tensor, place in zip(tensors, places, strict=False)]
     tally = _Tally()
+    threads = torch.get_num_threads()
     # torch's own threads wait for each other at every block: 9 s of processor time instead of 0.5 s for the embedded
     # model
     pool = ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
@@ -185,6 +186,7 @@ def _write_weights(plan: Sequence[Output], folder: Path, shard_bytes: int, dtype
             tally.broken = tally.broken or done.broken
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # one thread set it for every thread to come
     if tally.broken:
         raise DataError(f"{tally.broken} is not finite: the base already is. Copy or download it again completely.")
     if tally.beyond:
