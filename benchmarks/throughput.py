@@ -53,7 +53,7 @@ def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -
     from persona.config import Lora, Quantization
     from persona.fused import fuse
     from persona.loss import negative_log_likelihood
-    from persona.metrics import peak_memory_gib
+    from persona.memory import peak_memory_gib, return_free_memory
     from persona.modeling import add_adapter, choose_device, load_base, load_tokenizer
     from persona.packing import pack, plan_packs
     from persona.records import read_records
@@ -83,6 +83,7 @@ def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -
         with torch.autocast(device.type, torch.bfloat16):
             loss = negative_log_likelihood(tuned, packed) / supervised
         loss.backward()
+        return_free_memory(device)
         total += loss.item()
         computed += packed.input_ids.numel()
         depths = torch.arange(packed.input_ids.shape[1]) if packed.position_ids is None else packed.position_ids
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=64, help="how many; a multiple of 8 (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="how often, in turn (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=1984, help="max_tokens_per_pack (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=2688, help="max_tokens_per_pack (%(default)s)")
     parser.add_argument("--layouts", nargs="+", default=list(OURS), choices=OURS, help="which of ours (all)")
     parser.add_argument("--workloads", nargs="+", default=["card", "line"], choices=["card", "line"])
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL")

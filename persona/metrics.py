@@ -2,13 +2,10 @@
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -81,15 +78,3 @@ class MetricsWriter:
 def perplexity(loss: float) -> float:
     """exp of a mean negative log-likelihood in nats; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far in GiB: of the device on CUDA, of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -9,7 +9,8 @@ import torch
 from persona.config import Config
 from persona.console import duration, table
 from persona.dataset import Dataset
-from persona.metrics import peak_memory_gib, perplexity
+from persona.memory import peak_memory_gib
+from persona.metrics import perplexity
 from persona.optimizers import choose_optimizer
 from persona.run_folder import log_folder
 from persona.training import Trainer

@@ -5,6 +5,7 @@ common, such as the character's card and the earlier turns of a conversation, is
 to its ancestors and itself. Otherwise a pack is rows of one example each. Loss and gradients are the same either way.
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def portion(examples: Sequence[Example], rank: int, count: int, share: bool) -> 
 
 
 def plan_packs(examples: Sequence[Example], max_tokens: int, share: bool) -> list[list[Example]]:
-    """Examples grouped so that each pack stays within `max_tokens`; a longer example goes alone.
+    """Examples in as few packs as `max_tokens` allows, of about the same size; an example that is longer goes alone.
 
     The sum of the packs' losses does not depend on the grouping.
     """
@@ -74,19 +75,28 @@ def _plan_rows(examples: Sequence[Example], max_tokens: int) -> list[list[Exampl
 
 
 def _plan_trees(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    groups: list[list[Example]] = []
-    size = 0
     # in sorted order an example shares with its neighbour all that it shares with any example before it
-    for example in sorted(examples, key=inputs):
-        ids = inputs(example)
-        new = len(ids) - (_common(inputs(groups[-1][-1]), ids) if groups else 0)
-        if groups and size + new <= max_tokens:
-            groups[-1].append(example)
-            size += new
-        else:
-            groups.append([example])
-            size = len(ids)
-    return groups
+    ordered = sorted(examples, key=inputs)
+    read = [inputs(example) for example in ordered]
+    new = [len(ids) - _common(before, ids) for before, ids in zip([(), *read], read, strict=False)]
+
+    def firsts(limit: int) -> list[int]:
+        """Where a pack begins when each is filled up to `limit`, which takes the fewest packs."""
+        begins: list[int] = []
+        size = 0
+        for place, ids in enumerate(read):
+            size += new[place]
+            if not begins or size > limit:
+                begins.append(place)
+                size = len(ids)
+        return begins
+
+    # The smallest limit that takes no more packs: a last pack of few tokens costs a card of its own as well, the
+    # others need less memory, and blocks of one size fit where those of the pack before were.
+    few = len(firsts(max_tokens))
+    smallest = bisect.bisect_left(range(max_tokens), True, key=lambda limit: len(firsts(limit)) <= few)
+    begins = firsts(smallest)
+    return [ordered[begin:end] for begin, end in itertools.pairwise([*begins, len(ordered)])]
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

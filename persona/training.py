@@ -32,7 +32,8 @@ from persona.dataset import Conversation
 from persona.devices import ALONE, Devices
 from persona.errors import Diverged, EnvironmentFault, Interrupted
 from persona.loss import negative_log_likelihood
-from persona.metrics import MetricsWriter, peak_memory_gib, perplexity
+from persona.memory import peak_memory_gib, return_free_memory
+from persona.metrics import MetricsWriter, perplexity
 from persona.optimizers import build_optimizer, choose_optimizer, rate_factor, trained_weights
 from persona.packing import pack, plan_packs, portion
 from persona.plan import conversations_of, total_updates, updates_per_epoch
@@ -186,6 +187,7 @@ def _backward(trainer: Trainer, examples: Sequence[Example]) -> tuple[float, int
         with trainer.accelerator.autocast():
             loss = negative_log_likelihood(trainer.model, packed) * weight / supervised
         trainer.accelerator.backward(loss)
+        return_free_memory(trainer.device)
         total += loss.detach()
     total = trainer.devices.sum_gradients(trained_weights(trainer.model), total)
     return total.item(), sum(len(example.prompt_ids) + len(example.reply_ids) for example in examples)

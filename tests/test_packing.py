@@ -295,13 +295,28 @@ any_examples = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(any_examples, st.integers(1, 40), st.booleans())
-def test_a_plan_fills_packs_up_to_the_limit_and_loses_nothing(examples, limit, share):
+def test_a_plan_has_the_fewest_packs_of_even_size_and_loses_nothing(examples, limit, share):
     groups = plan_packs(examples, limit, share)
     assert Counter(example for group in groups for example in group) == Counter(examples)
     for group in groups:
         assert pack(group, CPU, share).input_ids.numel() <= limit or len(group) == 1
-    for group, following in zip(groups, groups[1:], strict=False):  # a pack ends where one more is too much
-        assert pack([*group, following[0]], CPU, share).input_ids.numel() > limit
+    filled = plan_by_hand(examples, limit, share)
+    assert len(groups) == len(filled)
+    together = [pack(group, CPU, share).input_ids.numel() for group in groups if len(group) > 1]
+    if share and together:  # as even as they can be: for less in a pack there would have to be more packs
+        assert len(plan_by_hand(examples, max(together) - 1, share)) > len(groups)
+
+
+def plan_by_hand(examples, limit, share):
+    """Packs that end where one more example is too much, which is the fewest."""
+    order = inputs if share else lambda example: -len(inputs(example))
+    groups = []
+    for example in sorted(examples, key=order):
+        if groups and pack([*groups[-1], example], CPU, share).input_ids.numel() <= limit:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups
 
 
 def attended(packed):
