@@ -7,7 +7,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
-from persona.errors import PersonaError
+from persona.errors import EnvironmentFault, PersonaError
 
 # C0 without tab and newline, DEL, C1, and the bidirectional controls: text of others must not steer the terminal.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -105,6 +105,12 @@ def run_script(main: Callable[[], int | None]) -> None:
     except PersonaError as error:
         print(f"{error}", file=sys.stderr)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "persona").partition(".")[0] == "persona":
+            raise
+        told = f"The library {error.name} is not installed for {sys.executable}."
+        print(f"{told} Install all of them: python -m pip install -r requirements.txt", file=sys.stderr)
+        code = EnvironmentFault.exit_code
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         code = 130

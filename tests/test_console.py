@@ -159,6 +159,21 @@ def test_ctrl_c_exits_with_130(capsys):
     assert capsys.readouterr().err == "\nStopped.\n"
 
 
+def test_a_library_that_is_missing_is_named(capsys):
+    def main():
+        import transformers_of_nobody.models  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+    assert exit_code(main) == 4
+    said = capsys.readouterr().err
+    assert "transformers_of_nobody is not installed" in said
+    assert "pip install -r requirements.txt" in said
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug():
+    with pytest.raises(ModuleNotFoundError):
+        run_script(raising(ModuleNotFoundError("persona.gone", name="persona.gone")))
+
+
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
 def test_the_code_that_main_returns(returned, code):
     assert exit_code(lambda: returned) == code
