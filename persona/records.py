@@ -8,10 +8,8 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,10 @@ import orjson
 
 from persona.console import excerpt
 from persona.errors import DataError
+from persona.strict_json import scan_json
 
 ROLES = ("system", "user", "assistant")
-_ROLE_HEADS = {role: f'{{"role": "{role}", "content": '.encode() for role in ROLES}
 _KEYS = {"role", "content"}
-MAX_DEPTH = 64  # deeper JSON is an attack or an accident; Python's own limit would end in a RecursionError
-MAX_DIGITS = 1000  # Python refuses to read or print integers of more than 4,300 digits
 SHOWN_FAULTS = 20
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -56,14 +52,15 @@ class Record:
 
     def encoded(self) -> bytes:
         """The record as one line of JSON in UTF-8, without the newline; a RecordFault for half of a character."""
+        content = {"messages": self.messages, "meta": self.meta}
         try:
-            quoted = orjson.dumps([message["content"] for message in self.messages], option=orjson.OPT_INDENT_2)
-            meta = _to_json(self.meta).encode("utf-8")
-        except (UnicodeEncodeError, orjson.JSONEncodeError):
+            return orjson.dumps(content)
+        except orjson.JSONEncodeError:  # half of a character, or a whole number of more than 64 bits
+            text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        try:
+            return text.encode("utf-8")
+        except UnicodeEncodeError:
             raise self._surrogate() from None
-        texts = quoted[4:-2].split(b",\n  ")  # a line each: within a text a newline is written \n
-        said = [_ROLE_HEADS[message["role"]] + text for message, text in zip(self.messages, texts, strict=True)]
-        return b'{"messages": [' + b"}, ".join(said) + b'}], "meta": ' + meta + b"}"
 
     def _surrogate(self) -> RecordFault:
         texts = enumerate(message["content"] for message in self.messages)
@@ -72,16 +69,13 @@ class Record:
         return RecordFault("SURROGATE", place, "half of a character (a lone surrogate)", fix)
 
 
-def check_messages(messages: object, encodable: bool = False) -> tuple[dict[str, str], ...]:
-    """`messages` as they are if they form a conversation that can be learned, else a RecordFault.
-
-    `encodable` says that the texts are known to hold no half characters.
-    """
+def check_messages(messages: object) -> tuple[dict[str, str], ...]:
+    """`messages` as they are if they form a conversation that can be learned, else a RecordFault."""
     if not isinstance(messages, list | tuple) or not messages:
         raise RecordFault(
             "NO_MESSAGES", "$.messages", f"found {_show(messages)}", "write a list of at least a user and an assistant"
         )
-    if _is_plain(messages, encodable):
+    if _is_plain(messages):
         return tuple(messages)
     checked = tuple(_check_message(message, f"$.messages[{number}]") for number, message in enumerate(messages))
     first = 1 if checked[0]["role"] == "system" else 0
@@ -98,7 +92,7 @@ def check_messages(messages: object, encodable: bool = False) -> tuple[dict[str,
     return checked
 
 
-def _is_plain(messages: Sequence[Any], encodable: bool) -> bool:
+def _is_plain(messages: Sequence[Any]) -> bool:
     """Whether messages are beyond doubt, as nearly all are; the others are looked at one by one."""
     wanted = "user"
     for message in messages:
@@ -109,7 +103,7 @@ def _is_plain(messages: Sequence[Any], encodable: bool) -> bool:
             return False
         if not isinstance(content, str) or not content or content.isspace():
             return False
-        if not (encodable or content.isascii() or content.replace("\n", "").isprintable()):  # it may hold a surrogate
+        if not (content.isascii() or content.replace("\n", "").isprintable()):  # it may hold a surrogate
             return False
         wanted = "assistant" if role == "user" else "user"
     return messages[-1]["role"] == "assistant"
@@ -138,79 +132,6 @@ def _check_message(message: object, path: str) -> dict[str, str]:
 
 def _show(value: object) -> str:
     return "nothing" if value is None else excerpt(json.dumps(value, ensure_ascii=True, default=str), 40)
-
-
-def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
-    """The JSON value at `start`, where it ends, and what forbids its use (duplicate keys, NaN, depth) or None.
-
-    Broken syntax raises json.JSONDecodeError.
-    """
-    if _FAULTS:
-        _FAULTS.clear()
-    try:
-        value, end = _STRICT.raw_decode(text, start)
-    except RecursionError:
-        raise json.JSONDecodeError(f"Nested deeper than {MAX_DEPTH} levels", text, start) from None
-    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        _FAULTS.append(f"it is nested deeper than {MAX_DEPTH} levels")
-    return value, end, _FAULTS[0] if _FAULTS else None
-
-
-# One decoder for all values: to build one takes as long as to read a short record. It notes here what Python's json
-# module lets pass, and goes on, so that the end of the value is found.
-_FAULTS: list[str] = []
-
-
-def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-        _FAULTS.append(f'the key "{excerpt(key, 40)}" stands {count} times in one object')
-    return found
-
-
-def _constant(name: str) -> None:
-    _FAULTS.append(f"{name} is not JSON")
-
-
-def _real(digits: str) -> float:
-    if math.isinf(value := float(digits)):
-        _FAULTS.append(f"the number {excerpt(digits, 20)} is too large")
-    return value
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        _FAULTS.append(f"a number has {len(digits)} digits")
-        return 0
-    return int(digits)
-
-
-_STRICT = json.JSONDecoder(object_pairs_hook=_collect, parse_constant=_constant, parse_float=_real, parse_int=_integer)
-_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-
-
-def _to_json(value: Any) -> str:
-    if isinstance(value, str):
-        return _QUOTE(value)
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return "{" + ", ".join([f"{_QUOTE(key)}: {_to_json(inner)}" for key, inner in value.items()]) + "}"
-    return _ENCODE(value)
-
-
-_QUOTE = encode_basestring  # of the same encoder; the rest of a message is always the same, and this twice as fast
-
-
-def _deeper_than(value: object, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-    return bool(level)
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:

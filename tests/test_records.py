@@ -1,5 +1,6 @@
 """The format on disk: what passes, what is refused and where, splitting and weighting."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -86,10 +87,11 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_a_line_is_what_the_json_module_writes():
     every = "".join(chr(code) for code in range(1, 0x11000) if not 0xD800 <= code < 0xE000)
     texts = (every, 'a",\n  "b', '",', "\\", " ", "\U0001f469\u200d\U0001f680")
-    meta = {"group": every, "extra": {"id": 3, "score": 1e-05, "big": 10**30, "deep": [{"": None}, []]}}
-    for text in texts:
+    extra = {"id": 3, "deep": [{"": None}, []]}
+    for text, more in itertools.product(texts, ({}, {"big": 10**30})):
+        meta = {"group": every, "extra": extra | more}
         messages = (SYSTEM, user(text), assistant(text), user("again"), assistant(text))
-        expected = json.dumps({"messages": messages, "meta": meta}, ensure_ascii=False)
+        expected = json.dumps({"messages": messages, "meta": meta}, ensure_ascii=False, separators=(",", ":"))
         assert Record(messages, meta).encoded() == expected.encode("utf-8")
 
 
@@ -126,13 +128,13 @@ GOOD = record(1).encoded().decode()
         (b'{"conversations": []}', "convert_dataset.py"),
         (b'\xff{"messages": []}', "is not UTF-8"),
         (b'{"messages": [], "messages": []}', 'the key "messages" stands 2 times'),
-        (GOOD.replace('"meta": {}', '"meta": {"a": NaN}').encode(), "NaN"),
-        (GOOD.replace('"meta": {}', '"meta": {"a": 1e999}').encode(), "too large"),
-        (GOOD.replace('"meta": {}', '"meta": {"a": ' + "1" * 5000 + "}").encode(), "5000 digits"),
-        (GOOD.replace('"meta": {}', '"meta": {"a": ' + "[" * 70 + "]" * 70 + "}").encode(), "64 levels"),
-        (GOOD.replace('"meta": {}', '"meta": {"a": ' + "[" * 90_000 + "]" * 90_000 + "}").encode(), "64 levels"),
-        (GOOD.replace('"meta": {}', '"meta": {"a": "\\ud83d"}').encode(), "surrogate"),
-        (GOOD.replace('"meta": {}', '"meta": []').encode(), "$.meta"),
+        (GOOD.replace('"meta":{}', '"meta": {"a": NaN}').encode(), "NaN"),
+        (GOOD.replace('"meta":{}', '"meta": {"a": 1e999}').encode(), "too large"),
+        (GOOD.replace('"meta":{}', '"meta": {"a": ' + "1" * 5000 + "}").encode(), "5000 digits"),
+        (GOOD.replace('"meta":{}', '"meta": {"a": ' + "[" * 70 + "]" * 70 + "}").encode(), "64 levels"),
+        (GOOD.replace('"meta":{}', '"meta": {"a": ' + "[" * 90_000 + "]" * 90_000 + "}").encode(), "64 levels"),
+        (GOOD.replace('"meta":{}', '"meta": {"a": "\\ud83d"}').encode(), "surrogate"),
+        (GOOD.replace('"meta":{}', '"meta": []').encode(), "$.meta"),
         (GOOD.replace('"meta"', '"id"').encode(), 'unknown key "id"'),
     ],
 )
@@ -149,7 +151,7 @@ def test_a_bad_line_is_named(tmp_path, line, said):
 
 def test_depth_of_64_is_allowed(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(GOOD.replace('"meta": {}', '"meta": {"a": ' + "[" * 62 + "]" * 62 + "}"), encoding="utf-8")
+    path.write_text(GOOD.replace('"meta":{}', '"meta": {"a": ' + "[" * 62 + "]" * 62 + "}"), encoding="utf-8")
     assert len(read_records(path)) == 1
 
 

@@ -72,8 +72,8 @@ class Account:
             made = {"source": source.name, "group": f"{source.label}#{draft.group or number}", "type": "dialogue"}
             if self.options.characters:
                 made["character"] = self.options.characters[0]
-            meta = {**{key: value for key, value in made.items() if key not in meta}, **meta}
-        return Record(check_messages(messages, draft.plain), meta)
+            meta = made | meta
+        return Record(tuple(messages) if draft.plain else check_messages(messages), meta)
 
     def _reject(self, draft: Draft, source: Source, fault: RecordFault) -> None:
         rejection = reject(source.name, draft, fault)

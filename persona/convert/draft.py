@@ -27,7 +27,7 @@ class Draft:
     learned: int = 0  # speeches, for formats with named speakers
     context: int = 0
     part: bool = False  # of a row that was cut into several, which are one group
-    plain: bool = False  # all texts are printable but for line ends, and without outer white space
+    plain: bool = False  # in turn, all texts printable but for line ends, and without outer white space
     fresh: bool = True  # made here from raw data; our own records come as they are, repetitions of settings included
 
 

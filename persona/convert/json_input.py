@@ -13,7 +13,8 @@ from typing import Any, TextIO
 from persona.convert import lenient as lenient_json
 from persona.convert.json_faults import explain
 from persona.errors import DataError
-from persona.records import RecordFault, scan_json
+from persona.records import RecordFault
+from persona.strict_json import scan_json
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 HEAD = 300  # characters of a row kept for the excerpt of a rejection

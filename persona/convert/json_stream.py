@@ -13,7 +13,8 @@ from persona.convert.encoding import CHUNK
 from persona.convert.json_faults import explain
 from persona.convert.json_input import HEAD, WRAPPERS, Row, skip_space, too_long, unsafe
 from persona.errors import DataError
-from persona.records import RecordFault, scan_json
+from persona.records import RecordFault
+from persona.strict_json import scan_json
 
 _EXPLAINING = 64  # characters
 _MARGIN = 16  # a fault this near to the end of a piece may be only where the piece was cut

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from persona.records import MAX_DEPTH
+from persona.strict_json import MAX_DEPTH
 
 _SKIPPED = re.compile(r"[ \t\r\n\ufeff]+|(?P<comment>//[^\n]*|/\*.*?\*/|#[^\n]*)|(?P<dots>\.{3,}|…+)", re.DOTALL)
 _WORD = re.compile(r"[^\s,:\[\]{}\"'“”‘’]+")

@@ -8,7 +8,8 @@ from persona.console import excerpt
 from persona.convert.draft import Draft, extras
 from persona.convert.options import Options
 from persona.convert.turns import Turn, calls_tool, check_switches, content_of, plain_messages, role_of, to_messages
-from persona.records import RecordFault, scan_json
+from persona.records import RecordFault
+from persona.strict_json import scan_json
 
 _CONVERSATION_KEYS = ("conversations", "messages", "conversation", "dialogue", "items")
 _ROLE_KEYS = ("from", "role", "speaker")

@@ -6,7 +6,7 @@ from typing import Any
 from persona.convert.dialogue import NARRATOR, Script, Speech, strip_quotes
 from persona.convert.json_input import Row
 from persona.convert.options import Options
-from persona.records import scan_json
+from persona.strict_json import scan_json
 
 _NAMES = ("role", "speaker", "name", "from", "character", "角色", "说话人", "人物")
 _TEXTS = ("text", "dialogue", "content", "line", "value", "台词", "对白", "内容")

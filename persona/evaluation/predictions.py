@@ -10,8 +10,9 @@ from typing import Any
 from persona.console import excerpt
 from persona.errors import DataError
 from persona.evaluation.figures import Replies
-from persona.records import Record, scan_json
+from persona.records import Record
 from persona.storage import write_json
+from persona.strict_json import scan_json
 from persona.style.units import units
 
 PREDICTIONS, BASE_PREDICTIONS = "predictions.json", "predictions_base.json"
