@@ -5,10 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from converting import convert_data
 from converting import convert_paths as convert
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from persona.convert.options import Options, checked
 from persona.convert.pipeline import check_output
@@ -271,77 +268,3 @@ def test_options_out_of_bounds(options, said):
 def test_system_prompt_from_a_file(tmp_path):
     path = write(tmp_path / "card.txt", "\ufeff你是{character}。\r\n")
     assert checked(Options(system=f"@{path}", characters=("艾达",))).system == "你是艾达。"
-
-
-# Any input gives records or an error of ours, and the account holds.
-
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["human", "gpt", "</s>"])
-)
-KEYS = st.sampled_from(
-    [
-        "conversations",
-        "messages",
-        "from",
-        "value",
-        "role",
-        "content",
-        "text",
-        "system",
-        "instruction",
-        "input",
-        "output",
-    ]
-    + ["history", "meta", "tools", "weight"]
-) | st.text(max_size=3)
-TREES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=20
-)
-TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system", "tool"]), "value": LEAVES})
-ROW = st.fixed_dictionaries({"conversations": st.lists(TURN, max_size=5)}, optional={"system": LEAVES, "meta": TREES})
-LINE = st.tuples(
-    st.sampled_from(["A", "B", "名", "第一幕", "SCENE I", "", "Come", "(x)"]),
-    st.sampled_from([":", "：", ": ", "", "（a）："]),
-    st.text(max_size=12) | st.sampled_from(["「好」", "<|x|>", "a: b", ""]),
-).map("".join)
-
-
-def survives(data, **options):
-    try:
-        conversion = convert_data(data, "x", **options)
-    except (DataError, UsageError):
-        return None
-    describe(conversion.report, conversion.shown)
-    if not conversion.records:
-        return conversion
-    text = b"".join(record.encoded() + b"\n" for record in conversion.train + conversion.validation)
-    again = convert_data(text, "y")
-    assert {record.encoded() for record in again.records} == {record.encoded() for record in conversion.records}
-    return conversion
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-def test_any_bytes(data):
-    survives(data)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(TREES | ROW, max_size=5), st.booleans())
-def test_any_json(values, as_lines):
-    text = "\n".join(json.dumps(value) for value in values) if as_lines else json.dumps(values)
-    survives(text.encode())
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(LINE, max_size=30))
-def test_any_chat(lines):
-    conversion = survives("\n".join(lines).encode(), characters=("B",), context_turns=2, max_exchanges=2)
-    if conversion and conversion.report["speeches"]:
-        speeches = conversion.report["speeches"]
-        assert speeches["total"] == speeches["learned"] + speeches["context"] + sum(speeches["not_used"].values())

@@ -28,7 +28,8 @@ KEYS = st.sampled_from(NAMES.split()) | st.text(max_size=3)
 TREES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=8), max_leaves=30
 )
-HEADS = ["2017-02-25 10:40:20 A(12345)", "[31/12/23, 23:59:59] A"]
+TURN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "system", "tool"]), "value": LEAVES})
+ROW = st.fixed_dictionaries({"conversations": st.lists(TURN, max_size=5)}, optional={"system": LEAVES, "meta": TREES})
 LINE = st.tuples(
     st.sampled_from(
         [
@@ -37,6 +38,7 @@ LINE = st.tuples(
             "名",
             "第一幕",
             "SCENE I",
+            "Come",
             "",
             "(x)",
             "2017-02-25 10:40:20 A(12345)",
@@ -81,7 +83,11 @@ def survives(data, options):
         conversion = convert_data(data, "x", tokenizer=tokenizer, chunk_tokens=(20, 60), **options)
     except (DataError, UsageError):
         return
-    describe(conversion.report, conversion.shown)
+    report = conversion.report
+    assert report["read"] == report["written"] + report["rejected"] + report["duplicates"]
+    if speeches := report["speeches"]:
+        assert speeches["total"] == speeches["learned"] + speeches["context"] + sum(speeches["not_used"].values())
+    describe(report, conversion.shown)
     if conversion.train:
         text = b"".join(record.encoded() + b"\n" for record in conversion.train)
         again = convert_data(text, "y", val_ratio=0)
@@ -97,7 +103,7 @@ def test_any_bytes(data, options):
 
 @pytest.mark.slow
 @MANY
-@given(st.lists(TREES, max_size=5), st.sampled_from(["lines", "array", "pretty", "cut", "first"]), OPTIONS)
+@given(st.lists(TREES | ROW, max_size=5), st.sampled_from(["lines", "array", "pretty", "cut", "first"]), OPTIONS)
 def test_any_json(values, layout, options):
     text = {
         "lines": "\n".join(json.dumps(value) for value in values),
