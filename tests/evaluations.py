@@ -153,6 +153,7 @@ def whole():
                 Sides(score(chance, 14.93), score(chance, 14.11)),
                 Estimate(1.058, 1.021, 1.097),
                 ("data/neutral.jsonl:7: 1,312 tokens are more than 1,024; left out",),
+                "fp32",
             ),
         ),
         replies=Sides(

@@ -117,7 +117,7 @@ def test_a_fresh_adapter_changes_nothing(fmt, dataset, file, share):
     made = adapted(fmt, fresh=True)
     with shared_beginnings(made, dataset.examples, 2048, "fp32") as can:
         losses = conversation_losses(made, dataset, 2048, "fp32", share and can, silent)
-    found = score_of(file, "held_out", dataset, losses, 0)
+    found = score_of(file, "held_out", dataset, losses, 0, "fp32")
     assert found.score.base is not None
     assert found.score.tuned.perplexity.value == pytest.approx(found.score.base.perplexity.value, rel=1e-6)
     assert found.ratio is not None
@@ -126,7 +126,7 @@ def test_a_fresh_adapter_changes_nothing(fmt, dataset, file, share):
 
 def test_the_figures_are_what_they_say(fmt, dataset, file):
     losses = conversation_losses(adapted(fmt), dataset, 2048, "fp32", False, silent)
-    found = score_of(file, "control", dataset, losses, 0)
+    found = score_of(file, "control", dataset, losses, 0, "fp32")
     tokens = sum(len(example.reply_ids) for example in dataset.examples)
     characters = sum(len(m["content"]) for r in dataset.records for m in r.turns if m["role"] == "assistant")
     assert (found.tokens, found.characters, found.conversations) == (tokens, characters, 9)
@@ -144,14 +144,14 @@ def test_what_both_sides_find_hard_does_not_widen_the_ratio(dataset, file):
     tokens = [sum(len(example.reply_ids) for example in examples) for examples in dataset.conversations]
     base = [(3 + number % 3) * count for number, count in enumerate(tokens)]
     tuned = [nats - 0.5 * count for nats, count in zip(base, tokens, strict=True)]
-    found = score_of(file, "held_out", dataset, Losses(tuned, base), 0)
+    found = score_of(file, "held_out", dataset, Losses(tuned, base), 0, "fp32")
     assert found.score.tuned.perplexity.high > 1.5 * found.score.tuned.perplexity.low
     assert (found.ratio.low, found.ratio.high) == pytest.approx((math.exp(-0.5),) * 2, rel=1e-6)
 
 
 def test_without_an_adapter_there_is_one_side(fmt, dataset, file):
     losses = conversation_losses(model("llama", len(fmt.tokenizer)), dataset, 2048, "fp32", False, silent)
-    found = score_of(file, "held_out", dataset, losses, 0)
+    found = score_of(file, "held_out", dataset, losses, 0, "fp32")
     assert (losses.base, found.score.base, found.ratio) == (None, None, None)
 
 
@@ -232,8 +232,8 @@ def test_a_file_keeps_its_name_and_hash(fmt, dataset, file):
     losses = conversation_losses(adapted(fmt), dataset, 2048, "fp32", False, silent)
     other = Path(file.parent / "灯 塔.jsonl")
     other.write_bytes(file.read_bytes())
-    one, two = (score_of(path, "held_out", dataset, losses, 0) for path in (file, other))
-    assert two.file == "灯 塔.jsonl"
+    one, two = (score_of(path, "held_out", dataset, losses, 0, "fp32") for path in (file, other))
+    assert (two.file, two.precision) == (f"{file.parent.name}/灯 塔.jsonl", "fp32")
     assert two.sha256 == one.sha256
     assert replace(two, file=one.file) == one
 

@@ -51,6 +51,7 @@ class FileScore:
     """The score on one file: the persona's held-out replies, or a control that should not get worse."""
 
     file: str
+    """With its folder, since files of several people have one name."""
     sha256: str
     role: Literal["held_out", "control"]
     conversations: int
@@ -64,6 +65,8 @@ class FileScore:
     """Perplexity of tuned over base, resampled in pairs: below 1 is better."""
     left_out: tuple[str, ...] = ()
     """Conversations that could not be measured exactly, with the reason."""
+    precision: str = ""
+    """`fp32`, `bf16` or `fp16`, in which the model computed."""
 
 
 @dataclass(frozen=True, config=PLAIN)

@@ -60,7 +60,7 @@ def score(loaded: Loaded, files: Sequence[Measured], watch: Watch) -> tuple[File
         with shared_beginnings(speaker.model, dataset.examples, limit, loaded.precision) as share:
             progress = watch(f"perplexity on {file.path.name}")
             losses = conversation_losses(speaker.model, dataset, limit, loaded.precision, share, progress)
-        found.append(score_of(file.path, role, dataset, losses, config.seed))
+        found.append(score_of(file.path, role, dataset, losses, config.seed, loaded.precision))
     return tuple(found)
 
 

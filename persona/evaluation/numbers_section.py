@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 
 from persona.evaluation.figures import Estimate, FileScore, Sides
 from persona.evaluation.numerals import Form, decimal, estimate, hundredths, number, percent, whole
@@ -68,11 +67,13 @@ def numbers(evaluation: Evaluation, names: dict[str, str]) -> str:
 
 def _score(table: _Table, found: FileScore, at: str) -> None:
     what = "Held-out replies" if found.role == "held_out" else "Control, which should not get worse"
+    # training measures in its own precision, so that its perplexity may differ in the third digit
+    computed = f", computed in <code>{escape(found.precision)}</code>" if found.precision else ""
     table.group(
-        f"{what}: <code>{escape(Path(found.file).name)}</code> "
+        f"{what}: <code>{escape(found.file)}</code> "
         f'<span class="hint">{number(found.replies, f"{at}.replies", whole)} replies in '
         f"{number(found.conversations, f'{at}.conversations', whole)} conversations, "
-        f"{number(found.tokens, f'{at}.tokens', whole)} tokens</span>"
+        f"{number(found.tokens, f'{at}.tokens', whole)} tokens{computed}</span>"
     )
     place = f"{at}.score"
     table.figures("perplexity", "lower is better", place, found.score, "perplexity", decimal)

@@ -145,7 +145,7 @@ def _length(example: Example) -> int:
 
 
 def score_of(
-    path: Path, role: Literal["held_out", "control"], dataset: Dataset, losses: Losses, seed: int
+    path: Path, role: Literal["held_out", "control"], dataset: Dataset, losses: Losses, seed: int, precision: str
 ) -> FileScore:
     """The figures of one file, with intervals over its conversations."""
     tokens = [sum(len(example.reply_ids) for example in examples) for examples in dataset.conversations]
@@ -162,7 +162,7 @@ def score_of(
         apart = [tuned - base for tuned, base in zip(losses.tuned, losses.base, strict=True)]
         gained = mapped(ratio(apart, tokens, seed), perplexity)
     return FileScore(
-        file=path.name,
+        file=f"{path.resolve().parent.name}/{path.name}",
         sha256=file_sha256(path),
         role=role,
         conversations=len(dataset.conversations),
@@ -172,4 +172,5 @@ def score_of(
         score=Sides(score(losses.tuned), score(losses.base) if losses.base is not None else None),
         ratio=gained,
         left_out=tuple(dataset.left_out),
+        precision=precision,
     )

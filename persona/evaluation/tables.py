@@ -28,7 +28,8 @@ def scores(found: Sequence[FileScore]) -> str:
         rows.append((f"perplexity on {name}", *(number(side.perplexity) for side in sides if side), *ratio))
         bits = [number(side.bits_per_character, ".3f") for side in sides if side]
         rows.append(("  bits per character", *bits, *([""] if has_base else [])))
-        size = f"  {one.conversations} conversations, {one.replies} replies, {one.tokens:,} tokens"
+        computed = f", in {one.precision}" if one.precision else ""
+        size = f"  {one.conversations} conversations, {one.replies} replies, {one.tokens:,} tokens{computed}"
         rows.append((size, *[""] * (len(rows[0]) - 1)))
     notes = [f"  left out of {safe(one.file)}: {excerpt(line, 140)}" for one in found for line in one.left_out[:5]]
     return "\n".join([columns(rows), "  in brackets: 95 % interval over conversations", *notes])
