@@ -111,5 +111,5 @@ def test_the_fraction_of_a_weight(weight, extra):
 def test_conversations_fold_like_their_texts(texts):
     one, other = ([{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in texts)
     assert fold_conversation(one) == fold_conversation(other)
-    assert fold_conversation(one) == "\0".join(["", fold(texts[0]), fold(texts[0])])
+    assert fold_conversation(one) == "\0".join(["user", fold(texts[0]), "assistant", fold(texts[0])])
     assert replies_of(fold_conversation(other)) == [fold(texts[1])]
