@@ -6,6 +6,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 
 from persona.errors import EnvironmentFault, PersonaError
 
@@ -106,7 +107,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         print(f"{error}", file=sys.stderr)
         code = error.exit_code
     except ModuleNotFoundError as error:
-        if (error.name or "persona").partition(".")[0] == "persona":
+        if not error.name or find_spec(error.name.partition(".")[0]):  # a part is missing of what is there: a bug
             raise
         told = f"The library {error.name} is not installed for {sys.executable}."
         print(f"{told} Install all of them: python -m pip install -r requirements.txt", file=sys.stderr)

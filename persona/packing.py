@@ -56,7 +56,7 @@ def portion(examples: Sequence[Example], rank: int, count: int, share: bool) -> 
 
 
 def plan_packs(examples: Sequence[Example], max_tokens: int, share: bool) -> list[list[Example]]:
-    """Examples in as few packs as `max_tokens` allows, of about the same size; an example that is longer goes alone.
+    """Examples in as few packs as `max_tokens` allows, trees of about the same size; a longer example goes alone.
 
     The sum of the packs' losses does not depend on the grouping.
     """

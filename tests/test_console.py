@@ -169,9 +169,10 @@ def test_a_library_that_is_missing_is_named(capsys):
     assert "pip install -r requirements.txt" in said
 
 
-def test_a_module_of_our_own_that_is_missing_is_a_bug():
+@pytest.mark.parametrize("name", ["persona.gone", "torch.gone", None])
+def test_a_part_that_is_missing_of_what_is_there_is_a_bug(name):
     with pytest.raises(ModuleNotFoundError):
-        run_script(raising(ModuleNotFoundError("persona.gone", name="persona.gone")))
+        run_script(raising(ModuleNotFoundError("gone", name=name)))
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])

@@ -10,35 +10,14 @@ PACKAGE = ROOT / "persona"
 
 # A module imports from its own layer and from those above it in this list, never from below; docs of the design agree.
 LAYERS = (
-    (
-        "errors",
-        "foreign_names",
-        "config",
-        "strict_json",
-        "records",
-        "console",
-        "history",
-        "proportions",
-        "verdict",
-        "curves",
-    )
-    + ("pages",),
+    ("errors", "foreign_names", "config", "strict_json", "records", "console", "history", "proportions")
+    + ("verdict", "curves", "pages"),
     ("convert", "tokens", "render", "style", "copying"),
     ("folders", "hub", "sources", "offsets", "storage", "artifacts", "dataset", "plan")
     + ("attention", "packing", "fused", "loss", "modeling", "merging", "export"),
-    (
-        "devices",
-        "launch",
-        "sharing",
-        "sharding",
-        "optimizers",
-        "checkpoints",
-        "identity",
-        "memory",
-        "metrics",
-        "run_folder",
-    )
-    + ("signals", "samples", "training", "overview", "generation", "decoding", "replies", "chat", "evaluation", "run"),
+    ("devices", "launch", "sharing", "sharding", "optimizers", "checkpoints", "identity", "memory", "metrics")
+    + ("run_folder", "signals", "samples", "training", "overview", "generation", "decoding", "replies", "chat")
+    + ("evaluation", "run"),
 )
 SCRIPTS = len(LAYERS)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -63,6 +63,14 @@ def test_a_line_is_learned_by_heart_and_its_end_with_it(tmp_path, tiny_model):
     assert "says:  Aye, I keep the lamp. Mind the tide, 0.\n" in said
 
 
+def test_free_memory_is_returned_after_every_pack(tmp_path, tiny_model, monkeypatch):
+    returned = []
+    monkeypatch.setattr(persona.training, "return_free_memory", returned.append)
+    alone = {"num_train_epochs": 1, "max_tokens_per_pack": 16}  # fewer tokens than an example has
+    train(config(tmp_path, tiny_model, training=alone))
+    assert [device.type for device in returned] == ["cpu"] * (12 + 6)  # every second conversation has two replies
+
+
 @pytest.mark.parametrize("save_steps", [1, 3, None])
 def test_stops_after_patience_evaluations_and_keeps_the_best(tmp_path, tiny_model, monkeypatch, save_steps):
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 3.2, 1.0])  # base, then updates 1, 2, ...; 3.0 again is no improvement
