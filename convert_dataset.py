@@ -13,14 +13,14 @@ from persona.console import run_script
 
 
 def parse_arguments() -> argparse.Namespace:
-    from persona.convert.arguments import parser
+    from persona.convert.command import parser
 
     return parser(__doc__ or "").parse_args()
 
 
 def tokenizer(model: str | None):
     from persona.config import load_config
-    from persona.offsets import CONFIG, load_offsets
+    from persona.model.sources import CONFIG, load_offsets
 
     name = model or load_config(CONFIG, []).model.name_or_path
     return name, load_offsets(name)
@@ -30,17 +30,17 @@ def main() -> None:
     import tempfile
     from pathlib import Path
 
-    from persona.convert import check, pipeline, report
-    from persona.convert.arguments import options_of
-    from persona.convert.sources import find_sources
-    from persona.convert.store import Staged
+    from persona.convert import pipeline, report
+    from persona.convert.command import options_of
+    from persona.convert.inputs import find_sources
+    from persona.convert.output import Staged
     from persona.errors import DataError, UsageError
 
     arguments = parse_arguments()
     output, shown = arguments.output, arguments.preview
     options = options_of(arguments, tokenizer)
     if arguments.check:
-        print(check.describe(arguments.inputs, options))
+        print(report.describe_check(arguments.inputs, options))
         return
     if output is None and shown is None:
         raise UsageError("Give --output DIR for the results, or --preview N to look first.")

@@ -43,17 +43,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare_blindly(args: argparse.Namespace) -> None:
-    from persona.evaluation import readers
-    from persona.evaluation.inputs import read_subject
+    from persona.evaluate.blind import command
+    from persona.evaluate.subject import read_subject
 
     paths = list(map(Path, args.paths))
     if args.verb == "ab-score":
-        readers.score_answers(paths, print)
+        command.score_answers(paths, print)
     elif len(paths) == 2:
-        readers.sheet_of_files(*paths, args.output or paths[0].parent, args.limit, print)
+        command.sheet_of_files(*paths, args.output or paths[0].parent, args.limit, print)
     elif len(paths) < 2:
         subject = read_subject(args.paths[0] if paths else None, args.config, args.set, args.data, args.output)
-        readers.sheet_of_run(subject, args.limit, print)
+        command.sheet_of_run(subject, args.limit, print)
     else:
         raise UsageError("ab-make takes a run, or two files of predictions.")
 
@@ -68,7 +68,7 @@ def main() -> None:
     if len(args.paths) > 1 and args.verb != "score":
         raise UsageError(f"{args.verb} takes one PATH, found {len(args.paths)}; only score compares several models.")
 
-    from persona.evaluation.inputs import read_controls, read_subject  # torch comes when the data is known to be good
+    from persona.evaluate.subject import read_controls, read_subject
 
     subjects = [
         read_subject(path, args.config, args.set, args.data, args.output, args.base_texts)
@@ -78,19 +78,19 @@ def main() -> None:
     for note in dict.fromkeys(note for subject in subjects for note in subject.notes):
         print(f"  note: {note}")
 
-    from persona.evaluation import commands
-    from persona.modeling import enough_memory
+    from persona.evaluate import command
+    from persona.model.loading import enough_memory
 
     advice = "Lower --batch-size and evaluation.max_tokens_per_pack, or take a smaller model."
     with enough_memory(advice):
         if args.verb == "score":
-            commands.run_score(subjects, controls, args.load_in_4bit, print)
+            command.run_score(subjects, controls, args.load_in_4bit, print)
         elif args.verb == "predict":
-            commands.run_predict(subjects[0], args.load_in_4bit, args.batch_size, print)
+            command.run_predict(subjects[0], args.load_in_4bit, args.batch_size, print)
         elif args.verb == "style":
-            commands.run_style(subjects[0], args.load_in_4bit, args.batch_size, args.limit, print)
+            command.run_style(subjects[0], args.load_in_4bit, args.batch_size, args.limit, print)
         else:
-            commands.run_report(subjects[0], controls, args.load_in_4bit, args.batch_size, args.limit, print)
+            command.run_report(subjects[0], controls, args.load_in_4bit, args.batch_size, args.limit, print)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from persona.console import colour_wanted, run_script
 
 if TYPE_CHECKING:
-    from persona.devices import Devices
+    from persona.train.devices import Devices
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     if args.show is not None and args.show < 1:
         parser.error(f"--show takes a number from 1 on, not {args.show}")
 
-    from persona.launch import joined
+    from persona.train.devices import joined
 
     with joined() as devices:
         tune(args, devices)
@@ -41,14 +41,14 @@ def tune(args: argparse.Namespace, devices: "Devices") -> None:
 
     from datetime import date
 
-    from persona.dataset import read_data
-    from persona.sources import resolve_model
+    from persona.model.dataset import read_data
+    from persona.model.sources import resolve_model
 
     read_data(config.data, config.seed)  # mistakes in the data come before a download
     # before transformers is imported: a local model switches the hub off
     devices.first_on_each_machine(lambda: resolve_model(config.model.name_or_path))
 
-    from persona.run import finetune, prepare, show_examples
+    from persona.train.run import finetune, prepare, show_examples
 
     if args.show is not None:
         material = prepare(config, date.today())
@@ -60,8 +60,8 @@ def tune(args: argparse.Namespace, devices: "Devices") -> None:
     if not devices.main:
         return
 
-    from persona.curves import draw
-    from persona.history import read_history
+    from persona.train.curves import draw
+    from persona.train.history import read_history
 
     draw([read_history(run.parent)], run.parent / "loss.png", 0.9)
 

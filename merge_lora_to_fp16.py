@@ -47,8 +47,8 @@ def main() -> None:
     if args.no_verify and args.compare_bases:
         parser.error("--compare-bases measures both; it cannot go with --no-verify")
 
-    from persona.artifacts import adapter_folder, merged_name, run_settings
     from persona.errors import UsageError
+    from persona.model.adapters import adapter_folder, merged_name, run_settings
 
     config = run_settings(args.adapter, args.config, args.set)
     given = Path(args.adapter or config.training.output_dir)
@@ -57,12 +57,12 @@ def main() -> None:
     if args.compare_bases and not (own_run and config.quantization.load_in_4bit):
         raise UsageError(f"--compare-bases: {adapter} was not trained in 4 bits, as far as its run says; leave it out.")
 
-    from persona.sources import resolve_model
+    from persona.model.sources import resolve_model
 
     base = resolve_model(config.model.name_or_path)
 
-    from persona.export import files as export
-    from persona.run_folder import quoted
+    from persona.export import command as export
+    from persona.train.run_folder import quoted
 
     name = merged_name(adapter)
     output = args.output or Path("merged") / name
@@ -84,11 +84,11 @@ def merge_and_verify(
     """Merge as the options say, and print what was done."""
     import torch
 
-    from persona.artifacts import merged_name, read_card
     from persona.errors import EnvironmentFault
-    from persona.export.merged_folder import describe_merged
-    from persona.merging.merge import merge
-    from persona.merging.verify import prepare, trained_in
+    from persona.merge.folder import describe_merged
+    from persona.merge.merge import merge
+    from persona.merge.verify import prepare, trained_in
+    from persona.model.adapters import merged_name, read_card
 
     dtype = getattr(torch, config.export.dtype)
     check = None if args.no_verify else prepare(base, adapter, config.data if own_run else None, dtype, print)

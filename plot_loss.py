@@ -14,7 +14,7 @@ from persona.console import run_script, safe, table
 from persona.errors import UsageError
 
 if TYPE_CHECKING:
-    from persona.history import History
+    from persona.train.history import History
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,8 +60,8 @@ def main() -> None:
     if not paths:
         raise UsageError("Nothing to draw. Give a run's folder: python plot_loss.py outputs/my_run")
 
-    from persona import curves
-    from persona.history import read_history, told_apart
+    from persona.train import curves
+    from persona.train.history import read_history, told_apart
 
     histories = told_apart([read_history(path) for path in paths])
     for history in histories:

@@ -27,14 +27,14 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from persona.artifacts import locate, run_settings
+    from persona.model.adapters import locate, run_settings
 
     config = run_settings(args.model, args.config, args.set)
     base, adapter = locate(config, args.model, args.base)  # before transformers is imported: it switches the hub off
 
-    from persona.chat import answer_once, chat
-    from persona.generation import load_speaker
-    from persona.modeling import enough_memory
+    from persona.model.loading import enough_memory
+    from persona.speak.chat import answer_once, chat
+    from persona.speak.speaker import load_speaker
 
     merged = adapter is None and not args.base
     in_4bit = args.load_in_4bit if merged else config.quantization.load_in_4bit

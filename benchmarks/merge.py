@@ -46,10 +46,9 @@ def make(shape: str, base: Path, adapter: Path, tokenizer: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    from persona.artifacts import TOKENIZER_FILES
-    from persona.merging.layout import Output, shards, skeleton
-    from persona.merging.tensors import BLOCK, Stored, header, write
-    from persona.storage import write_json
+    from persona.files import write_json
+    from persona.merge.weights import BLOCK, Output, Stored, header, shards, skeleton, write
+    from persona.model.adapters import TOKENIZER_FILES
 
     base.mkdir(parents=True)
     adapter.mkdir()
@@ -90,7 +89,7 @@ def measure(way: str, base: Path, adapter: Path, output: Path) -> dict[str, floa
     if way == "ours":
         import torch
 
-        from persona.merging.merge import merge
+        from persona.merge.merge import merge
 
         merge(base, adapter, output, torch.float16, SHARD_BYTES)
     elif way == "peft":
@@ -114,7 +113,7 @@ def measure(way: str, base: Path, adapter: Path, output: Path) -> dict[str, floa
     seconds, busy = time.perf_counter() - before, time.process_time() - busy
     import torch
 
-    from persona.memory import peak_memory_gib
+    from persona.model.loading import peak_memory_gib
 
     return {"seconds": seconds, "busy": busy, "peak_gib": peak_memory_gib(torch.device("cpu"))}
 
@@ -147,7 +146,7 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one[0], *map(Path, args.one[1:]))))
         return
-    from persona.sources import EMBEDDED, resolve_model
+    from persona.model.sources import EMBEDDED, resolve_model
 
     tokenizer = resolve_model(EMBEDDED)
     ways = ["copy", "ours", *(["peft"] if args.peft else [])]

@@ -49,15 +49,21 @@ def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -
 
     import torch
 
-    from persona.attention import NAME
     from persona.config import Lora, Quantization
-    from persona.fused import fuse
-    from persona.loss import negative_log_likelihood
-    from persona.memory import peak_memory_gib, return_free_memory
-    from persona.modeling import add_adapter, choose_device, load_base, load_tokenizer
-    from persona.packing import pack, plan_packs
+    from persona.engine.attention import NAME
+    from persona.engine.fused import fuse
+    from persona.engine.loss import negative_log_likelihood
+    from persona.engine.packing import pack, plan_packs
+    from persona.model.loading import (
+        add_adapter,
+        choose_device,
+        load_base,
+        load_tokenizer,
+        peak_memory_gib,
+        return_free_memory,
+    )
+    from persona.model.render import Example, chat_format, render
     from persona.records import read_records
-    from persona.render import Example, chat_format, render
 
     device = choose_device("auto")
     fmt = chat_format(load_tokenizer(model, None, date.today()))
@@ -161,7 +167,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
-    from persona.sources import resolve_model
+    from persona.model.sources import resolve_model
 
     model = resolve_model("smollm2-135m-instruct")
     if args.one:

@@ -14,7 +14,59 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from persona.errors import UsageError
-from persona.foreign_names import FOREIGN_NAMES
+
+# --- foreign names ----------------------------------------------------------------------------------------------------
+# Names of settings that people bring from other tools, and what replaces them here.
+
+FOREIGN_NAMES = {
+    "per_device_train_batch_size": "training.train_batch_size (conversations in one weight update, over all devices = "
+    "per_device_train_batch_size x gradient_accumulation_steps x devices)",
+    "gradient_accumulation_steps": "training.train_batch_size (it already counts the whole update); memory is "
+    "training.max_tokens_per_pack",
+    "grad_accum": "training.train_batch_size (it already counts the whole update)",
+    "max_steps": "training.num_train_epochs (a fraction is fine)",
+    "batch_size": "training.train_batch_size (conversations in one weight update)",
+    "micro_batch_size": "training.max_tokens_per_pack (tokens in memory at a time)",
+    "per_device_eval_batch_size": "evaluation.max_tokens_per_pack (tokens in memory at a time)",
+    "eval_batch_size": "evaluation.max_tokens_per_pack (tokens in memory at a time)",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "lora_rank": "lora.r",
+    "lora_r": "lora.r",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "dropout": "lora.lora_dropout",
+    "evaluation_strategy": "evaluation.eval_steps (updates between evaluations; null = once an epoch)",
+    "eval_strategy": "evaluation.eval_steps (updates between evaluations; null = once an epoch)",
+    "save_strategy": "training.save_steps (updates between checkpoints; null = once an epoch)",
+    "load_best_model_at_end": "evaluation.early_stopping_patience (the best adapter is always the one kept)",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "lr": "training.learning_rate",
+    "warmup_steps": "training.warmup_ratio (a share of all updates, 0 to 1)",
+    "optimizer": "training.optim",
+    "bf16": 'training.precision: "bf16"',
+    "fp16": 'training.precision: "fp16"',
+    "model_name": "model.name_or_path",
+    "model_name_or_path": "model.name_or_path",
+    "base_model": "model.name_or_path",
+    "template": "model.chat_template (null = the model's own, which is nearly always right)",
+    "dataset": "data.train_file",
+    "val_file": "data.validation_file",
+    "eval_file": "data.validation_file",
+    "val_size": "convert_dataset.py --val-ratio",
+    "load_in_8bit": "quantization.load_in_4bit",
+    "quantization_bit": "quantization.load_in_4bit (true or false)",
+    "logging_dir": "training.output_dir (TensorBoard goes to logs/<its last part>)",
+    "report_to": "nothing: TensorBoard and metrics.jsonl are always written, and nothing is uploaded",
+    "max_tokens": "generation.max_new_tokens",
+    "do_sample": "generation.temperature (0 = greedy)",
+}
+
 
 DEFAULT_CONFIG = Path("config/default.json")
 _SECRET = re.compile(r"(hf|hub|access|auth|api)_?token|^token$|api_?key|password|secret", re.IGNORECASE)

@@ -17,7 +17,7 @@ import orjson
 
 from persona.console import excerpt
 from persona.errors import DataError
-from persona.strict_json import scan_json
+from persona.files import scan_json
 
 ROLES = ("system", "user", "assistant")
 _KEYS = {"role", "content"}

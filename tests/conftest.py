@@ -40,7 +40,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def chatml():
     """A tokenizer with a ChatML template that writes a default system prompt."""
-    from tiny import family
+    from making.tiny import family
 
     return family("chatml_default")
 
@@ -48,6 +48,6 @@ def chatml():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, chatml):
     """A Hugging Face folder with a random two-layer Llama of 64 dimensions that speaks ChatML."""
-    from tiny import save_model
+    from making.tiny import save_model
 
     return save_model(tmp_path_factory.mktemp("models") / "llama", "llama", chatml)

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from making.tiny import family, save_model
 from safetensors.torch import load_file
-from tiny import family, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,10 +49,10 @@ def test_every_layout_has_the_same_loss(throughput, tmp_path):
 
 
 def test_operations_count_what_a_linear_layer_needs(throughput):
-    from tiny import model
+    from making.tiny import model
 
     from persona.config import Lora
-    from persona.modeling import add_adapter
+    from persona.model.loading import add_adapter
 
     tuned = add_adapter(model("llama"), Lora(r=4, lora_dropout=0.0), 0, "tiny")
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3  # q and o, k and v, the gated layer

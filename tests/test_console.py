@@ -10,15 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona.console import colour_wanted, dim, display_width, duration, excerpt, green, run_script, safe, table
-from persona.errors import (
-    DataError,
-    Diverged,
-    EnvironmentFault,
-    Interrupted,
-    OutOfMemory,
-    PersonaError,
-    UsageError,
-)
+from persona.errors import DataError, Diverged, EnvironmentFault, Interrupted, OutOfMemory, PersonaError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 

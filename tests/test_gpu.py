@@ -3,9 +3,9 @@
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from runs import adapter_bytes, config, metrics
+from making.runs import adapter_bytes, config, metrics
 
-from persona.run import finetune
+from persona.train.run import finetune
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""The order of the package: what may import what, how long a module is, and that every text file has an encoding."""
+"""The order of the package: which room imports from which, how large they are; every text has an encoding."""
 
 import ast
 from pathlib import Path
@@ -8,25 +8,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "persona"
 
-# A module imports from its own layer and from those above it in this list, never from below; docs of the design agree.
-LAYERS = (
-    ("errors", "foreign_names", "config", "strict_json", "records", "console", "history", "proportions")
-    + ("verdict", "curves", "pages"),
-    ("convert", "tokens", "render", "style", "copying"),
-    ("folders", "hub", "sources", "offsets", "storage", "artifacts", "dataset", "plan")
-    + ("attention", "packing", "fused", "loss", "modeling", "merging", "export"),
-    ("devices", "launch", "sharing", "sharding", "optimizers", "checkpoints", "identity", "memory", "metrics")
-    + ("run_folder", "signals", "samples", "training", "overview", "generation", "decoding", "replies", "chat")
-    + ("evaluation", "run"),
+# The rooms of the package: its modules at the top, and its folders. A room imports from rooms above it in this list and
+# from itself; a folder within a folder belongs to the same room.
+ROOMS = (
+    *("errors", "config", "console", "files", "records", "pages"),
+    *("convert", "model", "engine", "speak", "train", "merge", "evaluate", "export"),
 )
-SCRIPTS = len(LAYERS)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {name: level for level, name in enumerate(ROOMS)}
 # What takes seconds to import: a wrong setting and --help have to answer before
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "matplotlib", "tensorboard", "huggingface_hub"}
-LONGEST = 300
-LONGER = {
-    "config.py": 350,  # half of it is the list of the settings and their meanings
-}
+LIGHT = ("errors", "config", "console", "files", "records", "pages", "convert", "model.tokens", "model.render",
+         "train.history", "train.curves", "train.verdict", "evaluate.style", "evaluate.intervals", "evaluate.results",
+         "evaluate.subject", "evaluate.predictions")  # fmt: skip
+LONGEST = 410
+MOST_NAMES = 15  # modules and folders in a folder
+MOST_MODULES, MOST_LINES = 100, 19_200
 
 
 def files():
@@ -58,23 +54,21 @@ def imports(tree):
     return names
 
 
-def level_of(name):
-    """The layer of a module's dotted name; that of the scripts for what is not in the package."""
+def room_of(name):
+    """The room of a module's dotted name; None outside the package and for the package itself."""
     first, _, rest = name.partition(".")
-    if first != "persona":
-        return SCRIPTS
-    return LEVEL.get(rest.partition(".")[0], -1) if rest else -1
+    return rest.partition(".")[0] if first == "persona" and rest else None
 
 
 @pytest.mark.parametrize("file", [name for name in files() if name.startswith("persona/")])
-def test_a_module_imports_from_its_own_layer_or_above(file):
+def test_a_module_imports_from_its_own_room_or_above(file):
     name = module_name(files()[file])
-    assert name == "persona" or level_of(name) >= 0, f"{name} stands in no layer; give it one in LAYERS and the design"
+    assert name == "persona" or room_of(name) in LEVEL, f"{name} is in no room; add it to ROOMS"
     for imported in imports(parse(files()[file])):
-        assert imported not in MODULES or level_of(imported) != SCRIPTS, f"{name} imports the script {imported}"
+        assert imported not in MODULES or imported.startswith("persona"), f"{name} imports the script {imported}"
         if imported.startswith("persona."):
             assert imported in MODULES, f"{name} imports {imported}, which does not exist"
-            assert level_of(imported) <= level_of(name), f"{name} imports {imported} from a later layer"
+            assert LEVEL[room_of(imported)] <= LEVEL[room_of(name)], f"{name} imports {imported} from a later room"
 
 
 def test_no_two_modules_need_each_other():
@@ -104,9 +98,72 @@ def test_no_module_is_a_drawer():
 
 @pytest.mark.parametrize("file", files())
 def test_a_module_is_short(file):
-    limit = LONGER.get(Path(file).name, LONGEST)
     lines = len(files()[file].read_text(encoding="utf-8").splitlines())
-    assert limit is None or lines <= limit, f"{file} has {lines} lines; it is asking to be two"
+    assert lines <= LONGEST, f"{file} has {lines} lines; it is asking to be two"
+
+
+def folders():
+    return [PACKAGE, *sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)]
+
+
+def names_in(folder):
+    """Its modules and folders, without files that are not Python."""
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    return modules | {path.parent.name for path in folder.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("folder", folders(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_folder_is_taken_in_at_a_glance(folder):
+    assert 0 < len(names_in(folder)) <= MOST_NAMES or folder.name == "pages"
+    assert names_in(PACKAGE) == set(ROOMS)
+
+
+def test_the_package_stays_small():
+    modules = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= MOST_MODULES
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")) <= MOST_LINES
+
+
+# --- the table in CONTRIBUTING.md -------------------------------------------------------------------------------------
+
+TABLE = ROOT / "CONTRIBUTING.md"
+BEGIN, END = "<!-- rooms: python tests/test_layers.py -->", "<!-- /rooms -->"
+
+
+def rooms_table():
+    """The rooms in their order: what each is, by its docstring, its modules, and which rooms it imports from."""
+    lines = ["| room | what it is | modules | imports from |", "|---|---|---|---|"]
+    for folder in [None, *folders()[1:]]:
+        for room in ROOMS if folder is None else ():
+            if (PACKAGE / f"{room}.py").is_file():
+                lines.append(row(f"`{room}`", PACKAGE / f"{room}.py", ""))
+        if folder is not None:
+            modules = ", ".join(sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__"))
+            lines.append(row(f"`{folder.relative_to(PACKAGE).as_posix()}/`", folder / "__init__.py", modules))
+    return "\n".join([*lines[:2], *sorted(lines[2:], key=lambda line: LEVEL[line.split("`")[1].partition("/")[0]])])
+
+
+def row(name, path, modules):
+    sentence = (ast.get_docstring(parse(path)) or "").partition("\n")[0].rstrip(".")
+    here = module_name(path)
+    inside = [path] if path.name != "__init__.py" else sorted(path.parent.glob("*.py"))
+    used = {box_of(imported) for module in inside for imported in imports(parse(module))} - {None, box_of(here)}
+    order = sorted(used, key=lambda box: (LEVEL[box.partition("/")[0]], box))
+    return f"| {name} | {sentence} | {modules} | {', '.join(order)} |"
+
+
+def box_of(name):
+    """The folder of a module, such as `convert/formats`, or the module itself at the top; None outside the package."""
+    if name not in MODULES or not name.startswith("persona."):
+        return None
+    parts = name.split(".")[1:]
+    is_folder = (PACKAGE.joinpath(*parts) / "__init__.py").is_file()
+    return "/".join(parts if is_folder or len(parts) == 1 else parts[:-1])
+
+
+def test_the_table_of_rooms_is_that_of_the_code():
+    text = TABLE.read_text(encoding="utf-8")
+    assert text.partition(BEGIN)[2].partition(END)[0].strip() == rooms_table(), "run python tests/test_layers.py"
 
 
 def at_the_top(tree):
@@ -114,12 +171,17 @@ def at_the_top(tree):
     return imports(ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], []))
 
 
-@pytest.mark.parametrize(
-    "file", [n for n in files() if "/" not in n or level_of(module_name(files()[n])) in (0, 1)]
-)  # fmt: skip
+def is_light(file):
+    name = module_name(files()[file]).removeprefix("persona.")
+    return "/" not in file or any(name == light or name.startswith(f"{light}.") for light in LIGHT)
+
+
+@pytest.mark.parametrize("file", [file for file in files() if is_light(file)])
 def test_nothing_heavy_is_imported_before_it_is_needed(file):
     top = at_the_top(parse(files()[file]))
-    allowed = {"matplotlib"} if file == "persona/curves.py" else set()  # itself imported when there is a run to draw
+    allowed = (
+        {"matplotlib"} if file == "persona/train/curves.py" else set()
+    )  # itself imported when there is a run to draw
     assert not {name.partition(".")[0] for name in top} & HEAVY - allowed
     if "/" not in file:
         assert {name for name in top if name.startswith("persona")} <= {"persona.console", "persona.errors"}
@@ -193,3 +255,8 @@ def test_every_program_that_is_called_has_an_encoding(file):
 )
 def test_the_check_of_encodings_finds_what_it_should(code, lacks):
     assert lacks_encoding(ast.parse(code, mode="eval").body) is lacks
+
+
+if __name__ == "__main__":
+    before, _, rest = TABLE.read_text(encoding="utf-8").partition(BEGIN)
+    TABLE.write_text(f"{before}{BEGIN}\n{rooms_table()}\n{END}{rest.partition(END)[2]}", encoding="utf-8", newline="\n")

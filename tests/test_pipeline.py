@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from runs import settings
+from making.runs import settings
 
 import convert_dataset
 import finetune
 import merge_lora_to_fp16
 import plot_loss
 import test_model as talk
-from persona.run_folder import next_commands
+from persona.train.run_folder import next_commands
 
 ROOT = Path(__file__).parent.parent
 PLAY = "".join(

@@ -7,13 +7,7 @@ from collections import Counter
 import pytest
 
 from persona.errors import DataError
-from persona.records import (
-    Record,
-    RecordFault,
-    check_messages,
-    read_records,
-    repeat_weighted,
-)
+from persona.records import Record, RecordFault, check_messages, read_records, repeat_weighted
 
 
 def user(text):

@@ -1,1 +1,1 @@
-"""Raw files in, records out: one module per family of formats, detection by content, cleaning, and an honest report."""
+"""Raw files in, records out: reading, cleaning, splitting, and a report that accounts for every record."""

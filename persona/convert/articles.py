@@ -5,21 +5,173 @@ All articles of a run are read together, because lines that recur in many of the
 
 import json
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from persona.console import excerpt
-from persona.convert import templates
-from persona.convert.account import Account
-from persona.convert.chunking import cut
-from persona.convert.clean import clean_text
+from persona.convert.cleaning import clean_text
 from persona.convert.draft import Draft, Message
+from persona.convert.ledger import Account
 from persona.convert.options import Options, Tokenize
 from persona.convert.reading import Opened
 from persona.errors import DataError, UsageError
 from persona.records import RecordFault, rank
+
+# --- chunking ---------------------------------------------------------------------------------------------------------
+# A text cut into chunks of so many tokens, at the best border there is; joined again they are the text.
+#
+# Borders are taken in this order: paragraphs, sentences, double spaces and line ends, commas, and between any two
+# tokens.
+
+
+_CLOSE = r"[”」』’\"')）】》]*"
+_LEVELS = (
+    re.compile(r"\n\s*\n"),
+    re.compile(rf"[。！？；…]+{_CLOSE}\s*|[.!?;]+{_CLOSE}(?:\s+|$)"),
+    re.compile(r"[ \u3000]{2,}|\u3000|\n"),
+    re.compile(r"[，、,：:]\s*"),
+)
+_SLACK = 8  # tokens; a chunk by itself may be cut into a few tokens more or fewer than in its text
+
+
+def cut(text: str, tokenize: Tokenize, low: int, high: int) -> list[str]:
+    """The chunks of `text`, of `low` to `high` tokens each; a text that is shorter is one chunk."""
+    starts = [start for start, _ in tokenize(text)]
+    slack = _SLACK if high - low > 6 * _SLACK else 0
+    low, high = low + slack, high - slack
+    borders = [[match.end() for match in level.finditer(text)] for level in _LEVELS]
+    chunks: list[str] = []
+    position = 0
+    while (left := len(starts) - _token(starts, position)) > high:
+        first = _token(starts, position)
+        most = min(high, left - low) if left - low >= low else high  # so that the last chunk is long enough
+        end = _border(starts, borders, first, min(low, most), most)
+        chunks.append(text[position:end])
+        position = end
+    if position < len(text) or not chunks:
+        chunks.append(text[position:])
+    return chunks
+
+
+def _token(starts: list[int], position: int) -> int:
+    return bisect_left(starts, position)
+
+
+def _border(starts: list[int], borders: list[list[int]], first: int, low: int, high: int) -> int:
+    """The place to cut: of the best kind of border in the window the one nearest to its middle."""
+    earliest, latest = starts[first + low], starts[first + high]
+    middle = starts[first + (low + high) // 2]
+    for level in borders:
+        inside = level[bisect_left(level, earliest) : bisect_left(level, latest + 1)]
+        if inside:
+            return min(inside, key=lambda place: abs(place - middle))
+    return max(middle, starts[first] + 1)
+
+
+def halves(text: str) -> tuple[str, str]:
+    """The text cut near its middle, at the best border within its middle third."""
+    third, middle = len(text) // 3, len(text) // 2
+    for level in _LEVELS:
+        inside = [match.end() for match in level.finditer(text) if third <= match.end() <= len(text) - third]
+        if inside:
+            place = min(inside, key=lambda end: abs(end - middle))
+            return text[:place], text[place:]
+    return text[:middle], text[middle:]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, without outer white space."""
+    ends = [match.end() for match in _LEVELS[1].finditer(text)]
+    parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
+    return [line.strip() for part in parts for line in part.split("\n") if line.strip()]
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+# What is asked of an author's model: to go on, to write about something, to say something in the author's own voice.
+#
+# The prompt of a rewriting never holds a stretch of its answer, for that would teach copying.
+
+
+CONTINUE = "请用我的风格续写下面的文字："
+EXPAND = "用我的写作风格，围绕以下内容写一段文字："
+REWRITE = "用我的口吻改写下面这段材料："
+SPAN = 20  # characters that a prompt must not have in common with its answer
+_PIECE = 14  # characters of a clause in a plain version
+_PARTICLES = re.compile(r"[啊呢吧嘛呀哦啦哇哎唉噢喔哈咯]+(?=[，。！？；、…\s]|$)|^[啊哎唉哦噢哈嘿喂]+[，、！]?")
+_ORNAMENTS = re.compile(r"[~～●★☆♪♥❤✨]+|[\U0001f300-\U0001faff]|\*+|…+|—{2,}")
+_EXCLAMATIONS = re.compile(r"[！!]+")
+_CLAUSES = re.compile(r"[，。！？；：、,.!?;:\s“”「」『』\"（）()]+")
+_STOP = set("的了是在我你他她它们这那有和就不都也很到说要去会着没看好自己上下里个一为以而于与及其之但还又被把让从对")
+
+
+def continuation(chunk: str) -> tuple[str, str] | None:
+    """The first half as the prompt, the second as the answer."""
+    first, second = halves(chunk)
+    return (f"{CONTINUE}\n{first.strip()}", second.strip()) if first.strip() and second.strip() else None
+
+
+def expansion(chunk: str, title: str) -> tuple[str, str] | None:
+    """A title, keywords and the sentence that says most as the prompt, the chunk as the answer."""
+    words = keywords(chunk)
+    key = _key_sentence(chunk, words)
+    parts = [
+        f"标题：{title}" if title else "",
+        f"关键词：{'、'.join(words)}" if words else "",
+        f"要点：{key}" if key else "",
+    ]
+    outline = "\n".join(part for part in parts if part)
+    return (f"{EXPAND}\n{outline}", chunk.strip()) if outline else None
+
+
+def rewriting(chunk: str) -> tuple[str, str] | None:
+    """A plainer version as the prompt, the chunk as the answer; None where the two have a stretch in common."""
+    material = f"{REWRITE}\n{plain(chunk)}"
+    return None if shares_span(material, chunk) else (material, chunk.strip())
+
+
+def plain(chunk: str) -> str:
+    """The chunk without its voice: particles, exclamations and ornaments removed, clauses split and reordered."""
+    lines = []
+    for sentence in sentences(chunk):
+        text = _EXCLAMATIONS.sub("。", _ORNAMENTS.sub("", sentence))
+        clauses = [_PARTICLES.sub("", clause) for clause in _CLAUSES.split(text)]
+        pieces = [piece for clause in clauses for piece in _pieces(clause) if piece]
+        if pieces:  # the second before the first, the fourth before the third: facts stay near, the wording goes
+            order = [i + 1 if i % 2 == 0 and i + 1 < len(pieces) else i - i % 2 for i in range(len(pieces))]
+            lines.append("；".join(pieces[i] for i in order) + "。")
+    return "\n".join(lines)
+
+
+def _pieces(clause: str) -> list[str]:
+    if clause.isascii():
+        words = clause.split()
+        return [" ".join(words[i : i + 3]) for i in range(0, len(words), 3)]
+    return [clause[i : i + _PIECE] for i in range(0, len(clause), _PIECE)]
+
+
+def shares_span(prompt: str, answer: str, span: int = SPAN) -> bool:
+    """Whether `prompt` and `answer` have a stretch of `span` characters in common."""
+    spans = {answer[i : i + span] for i in range(len(answer) - span + 1)}
+    return any(prompt[i : i + span] in spans for i in range(len(prompt) - span + 1))
+
+
+def keywords(chunk: str, count: int = 6) -> list[str]:
+    """The words that a chunk says most often: pairs of Chinese characters, and Latin words of four letters and more."""
+    found: Counter[str] = Counter(word.lower() for word in re.findall(r"[A-Za-z]{4,}", chunk))
+    for run in re.findall(r"[\u4e00-\u9fff]{2,}", chunk):
+        found.update(run[i : i + 2] for i in range(len(run) - 1) if not _STOP & set(run[i : i + 2]))
+    ranked = sorted((word for word, times in found.items() if times > 1), key=lambda word: (-found[word], word))
+    return ranked[:count]
+
+
+def _key_sentence(chunk: str, words: list[str]) -> str:
+    """The sentence of at most 40 characters that holds the most keywords."""
+    short = [sentence for sentence in sentences(chunk) if 6 <= len(sentence) <= 40]
+    return max(short, key=lambda sentence: sum(word in sentence.lower() for word in words), default="")
+
 
 _IMAGE = re.compile(r"!\[[^\]\n]*\]\([^)\n]*\)|<img\b[^>\n]*>", re.IGNORECASE)
 _LINK = re.compile(r"\[([^\]\n]*)\]\([^)\n]*\)")
@@ -126,9 +278,9 @@ def drafts(
 
 def _asked(chunk: str, title: str) -> dict[str, tuple[str, str] | None]:
     return {
-        "continue": templates.continuation(chunk),
-        "expand": templates.expansion(chunk, title),
-        "rewrite": templates.rewriting(chunk),
+        "continue": continuation(chunk),
+        "expand": expansion(chunk, title),
+        "rewrite": rewriting(chunk),
     }
 
 

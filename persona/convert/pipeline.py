@@ -6,15 +6,22 @@ Records go through one at a time; what memory holds grows by some thirty bytes a
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from persona.convert import articles, lines
-from persona.convert.account import (
+from persona.console import excerpt, table
+from persona.convert import articles
+from persona.convert.draft import Rejection
+from persona.convert.formats import characters
+from persona.convert.formats.dialogue import fold_name
+from persona.convert.formats.recognise import ARTICLES, LINES, Intake
+from persona.convert.inputs import Foreign, Source
+from persona.convert.ledger import (
     ARTICLE_NAMES,
     PAGE,
     REJECTED,
@@ -25,20 +32,65 @@ from persona.convert.account import (
     VALIDATION,
     Account,
 )
-from persona.convert.advice import warnings_of
-from persona.convert.draft import Rejection
-from persona.convert.encoding import Foreign
-from persona.convert.formats import ARTICLES, LINES
 from persona.convert.options import Options
-from persona.convert.page import page
+from persona.convert.output import Staged, explain_disk
 from persona.convert.reading import Opened, open_source
-from persona.convert.row_drafts import Intake
-from persona.convert.sources import Source
-from persona.convert.speakers import check_characters, with_character
+from persona.convert.report import warnings_of
+from persona.convert.report_page import page
 from persona.convert.statistics import measure
-from persona.convert.store import Staged, explain_disk
 from persona.errors import DataError, UsageError
 from persona.records import SHOWN_FAULTS, Record
+
+# --- speakers ---------------------------------------------------------------------------------------------------------
+# Whose lines are learned: the names on the command line held against the speakers of the files.
+
+
+_SHOWN = 20
+
+
+def with_character(named: Iterable[str | None], options: Options) -> Options:
+    """The options with the character that all files with speakers name themselves, where the person named none."""
+    names = set(named)
+    if options.characters or len(names) != 1 or None in names:
+        return options
+    return replace(options, characters=(str(names.pop()),))
+
+
+def check_characters(speakers: Counter[str], files: Collection[str], characters: Collection[str]) -> None:
+    """A UsageError with the speakers found unless every name in `characters` is one, where there are speakers."""
+    if not speakers:
+        return
+    spellings: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for name, count in speakers.items():
+        spellings.setdefault(fold_name(name), name)
+        counts[fold_name(name)] += count
+    unknown = [name for name in characters if fold_name(name) not in counts]
+    if characters and not unknown:
+        return
+    top = counts.most_common(_SHOWN)
+    listed = table((excerpt(spellings[name], 40), f"{count:,}") for name, count in top)
+    more = f"\n  and {len(counts) - len(top):,} more" if len(counts) > len(top) else ""
+    if unknown:
+        close = _close(fold_name(unknown[0]), list(counts))
+        say = f'No lines of "{excerpt(unknown[0], 40)}".'
+        say += f" Did you mean {' or '.join(_flag(spellings[name]) for name in close)}?" if close else ""
+        raise UsageError(f"{say}\nSpeakers found (lines):\n{listed}{more}")
+    names = ", ".join(sorted(files))
+    head = (
+        f"{excerpt(names)}: several people speak; --character must say whose lines are learned. Speakers found (lines):"
+    )
+    raise UsageError(f"{head}\n{listed}{more}\nAdd for example: {_flag(spellings[top[0][0]])}")
+
+
+def _close(name: str, known: list[str]) -> list[str]:
+    containing = [other for other in known if name in other or other in name]
+    return list(dict.fromkeys(get_close_matches(name, known, 3) + containing))[:3]
+
+
+def _flag(name: str) -> str:
+    return f'--character "{excerpt(name, 40)}"'
+
 
 # In the order in which they get their names: the data before the reports
 OUTPUTS = (TRAIN, VALIDATION, *ARTICLE_NAMES.values(), STATISTICS, REJECTED, REPORT, PAGE)
@@ -88,7 +140,7 @@ def convert_files(
     report["warnings"] = warnings_of(report, sample)
     report["speakers"] = dict(speakers.most_common(50))
     if any(file.format == LINES for file in opened):
-        report["system_prompt"] = lines.system_prompt(options)
+        report["system_prompt"] = characters.system_prompt(options)
     if options.val_ratio and report["written"] and not report["val"]:
         count = "1 record" if report["written"] == 1 else f"{report['written']:,} records"
         found = f"{count} in one group, so none can be held out"

@@ -1,24 +1,82 @@
 """One input file opened: its format decided with the reason, its content made into drafts as it is read."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from persona.console import excerpt
-from persona.convert import card, csv_input, detect, json_input, json_stream, lines, tables, utterances
-from persona.convert.dialogue import Script
-from persona.convert.dialogue import parse as parse_dialogue
-from persona.convert.dialogue import recognise as recognise_dialogue
 from persona.convert.draft import Draft
-from persona.convert.encoding import Foreign, Probe, open_text, probe, read_head, read_text
-from persona.convert.formats import ARTICLES, DIALOGUE, EXPECTED, LINES, ROW_FORMATS, SPEECH_FORMATS, TEXT_FORMATS
-from persona.convert.json_input import Row
+from persona.convert.formats import characters, chat_exports, json_rows, json_stream, tables
+from persona.convert.formats.dialogue import Script
+from persona.convert.formats.dialogue import parse as parse_dialogue
+from persona.convert.formats.dialogue import recognise as recognise_dialogue
+from persona.convert.formats.json_rows import Row
+from persona.convert.formats.recognise import (
+    ARTICLES,
+    DIALOGUE,
+    EXPECTED,
+    LINES,
+    ROW_FORMATS,
+    SPEECH_FORMATS,
+    TEXT_FORMATS,
+    Intake,
+    drafts_of_rows,
+    unusable,
+)
+from persona.convert.formats.scenes import MAX_SILENCE, conversations
+from persona.convert.inputs import Foreign, Probe, Source, open_text, probe, read_head, read_text
 from persona.convert.options import Options
-from persona.convert.row_drafts import Intake, drafts_of_rows, unusable
-from persona.convert.scenes import MAX_SILENCE, conversations
-from persona.convert.sources import Source
 from persona.errors import DataError, EnvironmentFault, UsageError
+
+# --- detect -----------------------------------------------------------------------------------------------------------
+# What a text means to be: JSON, well-formed or not, or an article; by content, never by the file's ending.
+
+# What may follow an opening bracket of JSON, broken JSON included; `[Enter HAMLET]` and `[12:30]` are text.
+_JSON_START = re.compile(
+    r"""(?:\s*+(?>//[^\n]*|/\*.*?\*/|\.{3,}|…+))*+\s*+(?:\[\s*+(?:[{\["'\]/.…]|$)|\{\s*+(?:["'}/“”.…]|$))""", re.DOTALL
+)
+# Texts that look like prose or dialogue and are neither.
+_FOREIGN = (
+    (
+        re.compile(r"\d\d:\d\d[,.]\d{3} --> (?:\d\d:)?\d\d:\d\d[,.]\d{3}|\A\[Script Info\]"),
+        "subtitles, which rarely say who speaks",
+        "write the lines as NAME: words",
+    ),
+    (
+        re.compile(r"^label \w+(?:\(.*\))?:\s*$", re.MULTILINE),
+        "a Ren'Py script",
+        "Extract Dialogue in the Ren'Py launcher writes dialogue.tab, which can be read here",
+    ),
+    (re.compile(r"\A\s*<(?:!doctype html|html|\?xml)", re.IGNORECASE), "a web page", "save it as plain text"),
+)
+_HEADING = re.compile(r"#{1,6} \S|\[[^\]\n]+\]\([^)\n]+\)|!\[")
+_SENTENCE = re.compile(r"[。！？!?.…](?=\s|$|[”」』\"])|[。！？]")
+_ARTICLE = 300  # characters; shorter texts are notes
+
+
+def is_json(text: str) -> bool:
+    """Whether the text means to be JSON, well-formed or not."""
+    return _JSON_START.match(text[:10_000]) is not None
+
+
+def foreign(head: str) -> tuple[str, str] | None:
+    """What a text is that cannot be read here, and what to do about it; None for all others."""
+    return next(((what, fix) for pattern, what, fix in _FOREIGN if pattern.search(head)), None)
+
+
+def article(path: Path, head: str) -> str | None:
+    """Why a text is an article, or None: prose of some length, or Markdown, or with a meta.json beside it."""
+    if len(head.strip()) < 20:
+        return None
+    if (path.parent / "meta.json").is_file():
+        return "a text with meta.json beside it"
+    if len(head) >= _ARTICLE and _HEADING.search(head):
+        return "Markdown of some length"
+    return "prose of some length" if len(head) >= _ARTICLE and len(_SENTENCE.findall(head)) >= 3 else None
+
 
 _PEEKED = 20  # rows by which the format of a whole file is decided
 _LARGEST_TEXT = 500_000_000  # bytes; scripts and chats are read whole
@@ -41,7 +99,7 @@ class Opened:
 
 def open_source(source: Source, options: Options) -> Opened:
     """The opened file; a DataError names the place that cannot be read, or what is not known."""
-    if source.path.is_file() and _first_bytes(source) == card.PNG:
+    if source.path.is_file() and _first_bytes(source) == characters.PNG:
         return _picture(source, options)
     found = probe(source.path, source.name, options.encoding)
     head = read_head(source.path, found)
@@ -54,14 +112,14 @@ def open_source(source: Source, options: Options) -> Opened:
 def _first_bytes(source: Source) -> bytes:
     try:
         with source.path.open("rb") as file:
-            return file.read(len(card.PNG))
+            return file.read(len(characters.PNG))
     except OSError as error:
         raise EnvironmentFault(f"{source.path} cannot be read: {error.strerror}. Check its permissions.") from error
 
 
 def _picture(source: Source, options: Options) -> Opened:
     data = source.path.read_bytes()
-    value = card.parse(card.card_text(data, source.name), source.name)
+    value = characters.parse(characters.card_text(data, source.name), source.name)
     row = Row(value, 1, "$", "")
     found = Probe("utf-8", "utf-8", None, len(data), "")
     return Opened(
@@ -80,30 +138,30 @@ def _by_format(source: Source, found: Probe, head: str, options: Options) -> Ope
         raise Foreign(f"{source.name}: --format dialogue, but no line has the form NAME: words.")
     if name == ARTICLES:
         return _article(source, found, why)
-    separator = None if detect.is_json(head) else csv_input.separator_of(head)
+    separator = None if is_json(head) else tables.separator_of(head)
     if separator:
         return _table(source, found, head, separator, options)
     return _json(source, found, head, options)
 
 
 def _by_content(source: Source, found: Probe, head: str, options: Options) -> Opened:
-    if detect.is_json(head):
+    if is_json(head):
         return _json(source, found, head, options)
     for name, chat in TEXT_FORMATS.items():
         if why := chat.recognise(head.replace("\r\n", "\n")):
             return _chat(source, found, name, why, options)
-    if other := detect.foreign(head):
+    if other := foreign(head):
         what, fix = other
         raise Foreign(f"{source.name}: it looks like {what}: {fix}. --format NAME reads it all the same.")
-    for mark in csv_input.SEPARATORS:
-        if _known_table(csv_input.header_of(head, mark), options):
+    for mark in tables.SEPARATORS:
+        if _known_table(tables.header_of(head, mark), options):
             return _table(source, found, head, mark, options)
     if opened := _dialogue(source, found, options, forced=False):
         return opened
-    if why := detect.article(source.path, head):
+    if why := article(source.path, head):
         return _article(source, found, why)
-    separator = csv_input.separator_of(head)
-    if separator and all(csv_input.header_of(head, separator)) and len(head) > 20:
+    separator = tables.separator_of(head)
+    if separator and all(tables.header_of(head, separator)) and len(head) > 20:
         return _table(source, found, head, separator, options)
     raise Foreign(
         f"{source.name}: no format recognised: it begins with {excerpt(head, 30)!r}. Expected {EXPECTED}; "
@@ -164,13 +222,13 @@ def _article(source: Source, found: Probe, why: str) -> Opened:
 
 
 def _json(source: Source, found: Probe, head: str, options: Options) -> Opened:
-    by_line = json_input.one_object_a_line(head) or utterances.one_scene_a_line(head)
-    wrapped = not by_line and json_input.is_wrapped(head)
+    by_line = json_rows.one_object_a_line(head) or chat_exports.one_scene_a_line(head)
+    wrapped = not by_line and json_rows.is_wrapped(head)
 
     def rows(repairs: Counter[str]) -> Iterator[Row]:
         with open_text(source.path, source.name, found) as stream:
             if by_line:
-                yield from json_input.line_rows(stream, source.name, options.limit, options.lenient, repairs)
+                yield from json_rows.line_rows(stream, source.name, options.limit, options.lenient, repairs)
             else:
                 yield from _unwrapped(
                     json_stream.value_rows(stream, source.name, options.limit, options.lenient, wrapped, repairs),
@@ -188,7 +246,7 @@ def _unwrapped(rows: Iterator[Row], source: Source) -> Iterator[Row]:
         return
     second = next(rows, None)
     if second is None and first.path == "$":
-        yield from json_input.columns(first, source.name) or json_input.inner_rows(first) or [first]
+        yield from json_rows.columns(first, source.name) or json_rows.inner_rows(first) or [first]
         return
     yield first
     if second is not None:
@@ -199,13 +257,13 @@ def _unwrapped(rows: Iterator[Row], source: Source) -> Iterator[Row]:
 def _known_table(header: list[str], options: Options) -> bool:
     row = dict.fromkeys(header, "")
     known = any(one.recognise([row]) for name, one in SPEECH_FORMATS.items() if name != "sillytavern")
-    return known or lines.recognise([row]) is not None or tables.columns_of(header, options) is not None or (
+    return known or characters.recognise_lines([row]) is not None or tables.columns_of(header, options) is not None or (
         {"instruction", "output"} <= set(header)
     )  # fmt: skip
 
 
 def _table(source: Source, found: Probe, head: str, separator: str, options: Options) -> Opened:
-    header = csv_input.header_of(head, separator)
+    header = tables.header_of(head, separator)
     if not options.format and not _known_table(header, options):
         listed = ", ".join(excerpt(name, 30) for name in header[:30])
         raise UsageError(
@@ -215,9 +273,9 @@ def _table(source: Source, found: Probe, head: str, separator: str, options: Opt
 
     def rows(repairs: Counter[str]) -> Iterator[Row]:
         with open_text(source.path, source.name, found, newline="") as stream:
-            yield from csv_input.table_rows(stream, source.name, separator, options.limit, repairs)
+            yield from tables.table_rows(stream, source.name, separator, options.limit, repairs)
 
-    return _rows(source, found, f"table separated by {csv_input.SEPARATORS[separator]}", rows, options)
+    return _rows(source, found, f"table separated by {tables.SEPARATORS[separator]}", rows, options)
 
 
 def _rows(
@@ -263,7 +321,7 @@ def _whole_file_format(values: list[dict[str, Any]], options: Options) -> tuple[
     for name in ("discord", "telegram", "sillytavern", "wechat"):
         if why := SPEECH_FORMATS[name].recognise(values):
             return name, why
-    if why := lines.recognise(values):
+    if why := characters.recognise_lines(values):
         return LINES, why
     if why := SPEECH_FORMATS["utterances"].recognise(values):
         return "utterances", why
@@ -283,12 +341,12 @@ def _sorted_out(rows: Iterator[Row], by_line: bool) -> tuple[list[Row], list[Dra
 
 
 def _lines(source: Source, found: Probe, why: str, good: list[Row], bad: list[Draft]) -> Opened:
-    speakers = lines.speakers(good)
+    speakers = characters.speakers(good)
 
     def read(intake: Intake, options: Options) -> Iterator[Draft]:
         yield from bad
         intake.speeches += speakers.total()
-        for draft in lines.drafts(good, options, intake.not_used):
+        for draft in characters.drafts(good, options, intake.not_used):
             intake.formats[LINES] += 1
             yield draft
 

@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from persona.console import excerpt
-from persona.convert.clean import fold
+from persona.convert.cleaning import fold, garbled, personal_data
 from persona.convert.options import Tokenize
-from persona.convert.privacy import personal_data
-from persona.convert.refine import garbled
 
 _CHINESE = re.compile("[\u3400-\u9fff]")
 _WORDS = re.compile(r"[A-Za-z\u00c0-\u024f]{2,}")

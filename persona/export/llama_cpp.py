@@ -19,7 +19,7 @@ from gguf import MODEL_TENSOR, TensorNameMap
 from safetensors import safe_open
 
 from persona.errors import EnvironmentFault, PersonaError, UsageError
-from persona.folders import read_config, tensor_index
+from persona.model.folders import read_config, tensor_index
 
 MODEL_SCRIPT = "convert_hf_to_gguf.py"
 ADAPTER_SCRIPT = "convert_lora_to_gguf.py"

@@ -1,0 +1,195 @@
+"""What chat programs have in common: messages with a sender and a time, cut into conversations where nobody spoke."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from persona.convert.formats.dialogue import Script, Speech
+from persona.convert.options import Options
+
+SYSTEM_LINE = "notice of the chat program"
+MEDIA = "picture, voice message or file"
+NO_TEXT = "message without text"
+BOT = "message of a bot"
+_MEDIA = re.compile(
+    r"\[?(?:图片|圖片|语音|視頻|视频|文件|表情|动画表情|位置|名片|链接|红包|转账|语音通话|视频通话|聊天记录|小程序|闪照|"
+    r"Photo|Image|Video|Voice|Sticker|File|GIF)\]"
+    r"|<(?:Media omitted|省略多媒体文件|媒体文件已忽略|img[^>]*|attached: [^>]*)>"
+    r"|(?:image|video|audio|sticker|GIF|document|Contact card) omitted|.{0,200}\((?:file attached|文件已附加)\)",
+    re.IGNORECASE,
+)
+_NOTICE = re.compile(
+    r".{0,40}撤回了一条消息.{0,20}|.{0,40}(?:加入|退出)了?群聊.{0,20}|.{0,40}邀请.{0,60}加入了群聊.{0,20}|.{0,40}拍了拍.{0,60}"
+    r"|This message was deleted\.?|You deleted this message\.?|.{0,60}end-to-end encrypted.{0,200}"
+    r"|.{0,60}(?:recalled|unsent) a message\.?",
+    re.IGNORECASE,
+)
+_MARKS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")  # invisible direction marks that exports add
+_TIMES = ("%Y-%m-%d %H:%M:%S", "%Y/%m/%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y/%m/%d %H:%M")
+
+
+@dataclass(slots=True)
+class Said:
+    """One message; `left_out` says why it is no speech."""
+
+    speaker: str
+    text: str
+    line: int
+    time: float | None = None  # seconds
+    left_out: str | None = None
+
+
+def without_marks(text: str) -> str:
+    """`text` without invisible direction marks."""
+    return text if text.isascii() else _MARKS.sub("", text)
+
+
+def seconds(value: object) -> float | None:
+    """A time as programs write it, in seconds; None where it is no time."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value / 1000 if abs(value) > 1e11 else float(value)
+    text = str(value or "").strip()
+    if re.fullmatch(r"\d{9,13}(?:\.\d{1,9})?", text):
+        return seconds(float(text))
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        found = next((time for pattern in _TIMES if (time := _read(text, pattern))), None)
+    if found is None:
+        return None
+    aware = found if found.tzinfo else found.replace(tzinfo=UTC)  # only differences count
+    return (aware - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
+
+
+def _read(text: str, pattern: str) -> datetime | None:
+    try:
+        return datetime.strptime(text, pattern)
+    except ValueError:
+        return None
+
+
+def to_script(messages: list[Said], options: Options) -> Script:
+    """The speeches of a chat; a pause longer than --max-gap is the border of a scene."""
+    speeches: list[Speech] = []
+    left_out: Counter[str] = Counter()
+    scene, last = 0, None
+    pauses = 0
+    for message in messages:
+        if message.time is not None and last is not None and abs(message.time - last) > 60 * options.max_gap:
+            scene += 1
+            pauses += 1
+        last = message.time if message.time is not None else last
+        text = without_marks(message.text).strip()
+        if why := message.left_out or _why_left_out(text):
+            left_out[why] += 1
+        else:
+            speeches.append(Speech(without_marks(message.speaker).strip() or "(unknown)", text, message.line, scene))
+    timed = any(message.time is not None for message in messages)
+    layout = f"cut at pauses of more than {options.max_gap:g} minutes ({pauses:,})" if timed else "without times"
+    return Script(speeches, timed, layout, left_out=left_out)
+
+
+def _why_left_out(text: str) -> str | None:
+    if not text:
+        return NO_TEXT
+    if _MEDIA.fullmatch(text):
+        return MEDIA
+    return SYSTEM_LINE if _NOTICE.fullmatch(text) else None
+
+
+# --- chat texts -------------------------------------------------------------------------------------------------------
+# Chats exported as plain text: QQ, with the sender on a line above the words, and WhatsApp, with both on one line.
+
+
+_QQ = re.compile(
+    r"(?P<time>\d{4}[-/]\d{1,2}[-/]\d{1,2} \d{1,2}:\d{2}:\d{2}) (?:【[^】]{1,20}】)?(?P<name>.*?)"
+    r"(?:\((?P<id>\d{4,12}|[^()\s]{1,64}@[^()\s]{1,64})\)|<(?P<mail>[^<>\s]{1,64}@[^<>\s]{1,64})>)?\s*"
+)
+_QQ_HEAD = re.compile(r"={10,}|消息(?:分组|对象)[:：].*")  # before the messages of each friend
+_WHATSAPP = re.compile(
+    r"\[?(?P<date>\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),? "
+    r"(?P<clock>\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:[ \u202f\u00a0]?[AaPp]\.?[Mm]\.?)?)"
+    r"(?:\] ?| - )(?P<rest>.*)"
+)
+_NAMED = re.compile(r"(?P<name>[^:]{1,60}?): (?P<text>.*)", re.DOTALL)
+_QQ_NOTICES = ("系统消息", "10000", "1000000")
+
+
+def recognise_qq(head: str) -> str | None:
+    """Why the text is a QQ export, or None."""
+    found = [match for line in head.split("\n")[:200] if (match := _QQ.fullmatch(line.strip()))]
+    numbered = sum(bool(match["id"] or match["mail"]) for match in found)
+    if numbered >= 2:
+        return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME(12345)"
+    names = {match["name"] for match in found}  # a friend's chat has no numbers; lines of a log recur less
+    return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME" if len(found) >= 2 * len(names) > 0 else None
+
+
+def recognise_whatsapp(head: str) -> str | None:
+    """Why the text is a WhatsApp export, or None."""
+    lines = [without_marks(line) for line in head.split("\n")[:200]]
+    found = [match for line in lines if (match := _WHATSAPP.fullmatch(line.strip()))]
+    named = sum(_NAMED.fullmatch(match["rest"]) is not None for match in found)
+    return "a WhatsApp export: lines of the form [31/12/23, 23:59:59] NAME: words" if named >= 2 else None
+
+
+def read_qq(text: str, options: Options) -> Script:
+    """The speeches of a QQ export; senders are told apart by their names as they stand there."""
+    messages: list[Said] = []
+    words: list[str] | None = None
+    kept: list[tuple[Said, list[str]]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if head := _QQ.fullmatch(line.strip()):
+            notice = head["name"] in _QQ_NOTICES or head["id"] in _QQ_NOTICES
+            name = head["name"].strip() or head["id"] or head["mail"]
+            said = Said(name, "", number, seconds(_padded(head["time"])), SYSTEM_LINE if notice else None)
+            words = []
+            kept.append((said, words))
+            messages.append(said)
+        elif words is not None and not _QQ_HEAD.fullmatch(line.strip()):
+            words.append(line)
+    for said, lines in kept:
+        said.text = "\n".join(lines).strip()
+    return to_script(messages, options)
+
+
+def _padded(time: str) -> str:
+    date, clock = time.replace("/", "-").split(" ")
+    year, month, day = date.split("-")
+    return f"{year}-{month:0>2}-{day:0>2} {clock:0>8}"
+
+
+def read_whatsapp(text: str, options: Options) -> Script:
+    """The speeches of a WhatsApp export; lines without a time go on with the message before them."""
+    messages: list[Said] = []
+    day_first = _day_first(text)
+    for number, raw in enumerate(text.split("\n"), 1):
+        line = without_marks(raw).rstrip("\r")
+        if match := _WHATSAPP.fullmatch(line):
+            named = _NAMED.fullmatch(match["rest"])
+            time = _time(match["date"], match["clock"], day_first)
+            if named:
+                messages.append(Said(named["name"].strip(" ~"), named["text"], number, time))
+            else:
+                messages.append(Said("", match["rest"], number, time, SYSTEM_LINE))
+        elif messages:
+            messages[-1].text += f"\n{line}"
+    return to_script(messages, options)
+
+
+def _day_first(text: str) -> bool:
+    """Whether dates begin with the day: some first number is above 12, or no second one is."""
+    dates = [re.split(r"[./-]", match["date"]) for match in _WHATSAPP.finditer(without_marks(text)[:1_000_000])]
+    return any(int(date[0]) > 12 for date in dates) or not any(int(date[1]) > 12 for date in dates)
+
+
+def _time(date: str, clock: str, day_first: bool) -> float | None:
+    first, second, third = re.split(r"[./-]", date)
+    year, month, day = (third, second, first) if day_first else (third, first, second)
+    if len(first) == 4:
+        year, month, day = first, second, third
+    parts = re.findall(r"\d+", clock)
+    hour = int(parts[0]) % 12 + 12 * ("p" in clock.lower()) if "m" in clock.lower() else int(parts[0])
+    rest = ":".join(parts[1:]) if len(parts) > 2 else f"{parts[1]}:00"
+    return seconds(f"{int(year) + 2000 * (len(year) == 2)}-{month:0>2}-{day:0>2} {hour:02}:{rest}")

@@ -1,0 +1,356 @@
+"""What encoding a file is in, decided over all of its bytes before any is converted, so that no text is half guessed.
+
+Reading it again gives the same bytes or an error: a file that changes meanwhile is refused.
+"""
+
+import codecs
+import glob
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TextIO
+
+from persona.console import excerpt
+from persona.convert.draft import printable
+from persona.errors import DataError, EnvironmentFault, UsageError
+
+CHUNK = 1 << 18  # bytes; fits into a processor's cache, where 1 MiB took half as long again
+_HEAD = 1 << 20  # characters by which a format is recognised
+# UTF-32 first: its little-endian mark begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig", "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32", "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32", "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16", "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16", "utf-16"),
+)
+_SIGNATURES = (
+    (b"PK\x03\x04", "a ZIP archive or an Excel or Word file", "unpack it, or save the sheet as CSV UTF-8"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"PAR1", "a Parquet file", "save it as JSONL first (pandas: to_json with orient='records', lines=True)"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", "save it as CSV UTF-8"),
+    (b"SQLite format 3", "a database", "export its table as CSV"),
+    (b"%PDF", "a PDF file", "copy its text into a text file"),
+)
+_FOREIGN_WORDS = re.compile(r"[^\x00-\x7f][^\r\n]{0,19}")  # what shows a person whether the guess was right
+_BINARY_SHARE = 0.02  # of zero bytes; text has none, UTF-16 without a mark has about half
+_COMMON = 0.6  # share of a Chinese text's characters that stand in the common half of its character set
+
+
+class Foreign(DataError):
+    """The file holds no conversations of a kind known here; in a folder it is passed over with a line."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How the bytes of a file are to be read, and their digest."""
+
+    encoding: str
+    label: str
+    notice: str | None
+    size: int
+    digest: str
+
+
+def probe(path: Path, name: str, forced: str | None = None) -> Probe:
+    """The encoding of a file; a DataError names the first byte that is not text."""
+    size, zeros, blank, is_utf8 = 0, 0, True, True
+    digest = hashlib.sha256()
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    head = b""
+    for chunk in chain(_chunks(path), [b""]):
+        head = head or chunk
+        digest.update(chunk)
+        size += len(chunk)
+        zeros += chunk.count(0) if 0 in chunk else 0
+        blank = blank and not chunk.strip()
+        try:
+            _ = is_utf8 and decode(chunk, not chunk)
+        except UnicodeDecodeError:
+            is_utf8 = False
+    if blank:
+        raise DataError(f"{name} is empty. Give a file that holds conversations.")
+    encoding, label, notice = _encoding(path, name, forced, head, zeros / size, is_utf8)
+    return Probe(encoding, label, notice, size, digest.hexdigest())
+
+
+def _encoding(
+    path: Path, name: str, forced: str | None, head: bytes, zeros: float, is_utf8: bool
+) -> tuple[str, str, str | None]:
+    if forced:
+        _demand(path, name, forced)
+        return forced, forced, None
+    for mark, encoding, label in _MARKS:
+        if head.startswith(mark):
+            _demand(path, name, encoding)
+            return encoding, f"{label} with a byte order mark", None
+    for signature, what, fix in _SIGNATURES:
+        if head.startswith(signature):
+            raise Foreign(f"{name}: it is {what}, not text: {fix}.")
+    if zeros and (guess := _unmarked(path, head)):
+        return guess, guess, f"read as {guess.upper()} without a byte order mark: {_samples(path, guess)}"
+    if zeros > _BINARY_SHARE:
+        raise Foreign(f"{name}: it holds zero bytes, so it is not text, or UTF-16 without its mark. Save it as UTF-8.")
+    return ("utf-8", "utf-8", None) if is_utf8 else _guessed(path, name, bool(zeros))
+
+
+def _guessed(path: Path, name: str, zeros: bool) -> tuple[str, str, str | None]:
+    """GB18030 where the bytes can be that; a DataError with the first byte that is not UTF-8 for the rest."""
+    fault = first_fault(path, "utf-8")
+    assert fault is not None
+    if first_fault(path, "gb18030") is not None:
+        if zeros:
+            raise Foreign(f"{name}: it is not text. Convert it to text first.")
+        raise DataError(_broken(name, "utf-8", fault) + _hint(path))
+    if hint := _other_guess(path):
+        raise DataError(_broken(name, "utf-8", fault) + f" It reads like {hint}: try --encoding {hint}.")
+    samples = _samples(path, "gb18030")
+    return "gb18030", "gb18030", f"read as GB18030; if this looks wrong, save the file as UTF-8: {samples}"
+
+
+def _demand(path: Path, name: str, encoding: str) -> None:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise UsageError(f"--encoding {encoding} is not known. Examples: utf-8, gb18030, big5, shift_jis.") from None
+    if fault := first_fault(path, encoding.removesuffix("-sig")):
+        raise DataError(_broken(name, encoding.removesuffix("-sig"), fault))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first byte of a file that is not of its encoding."""
+
+    offset: int
+    byte: int
+    line: int
+
+
+def first_fault(path: Path, encoding: str) -> Fault | None:
+    """Where the file stops being text in `encoding`, or None."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    seen = lines = 0
+    pending = b""
+    for chunk in chain(_chunks(path), [b""]):
+        try:
+            decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            data = pending + chunk
+            start = min(error.start, len(data) - 1)
+            return Fault(seen - len(pending) + start, data[start], lines + data.count(b"\n", 0, start) + 1)
+        except UnicodeError:  # the utf-16 codec finds no mark
+            return Fault(0, 0, 1)
+        pending = decoder.getstate()[0]
+        seen += len(chunk)
+        lines += chunk.count(b"\n")
+    return None
+
+
+def _broken(name: str, encoding: str, fault: Fault) -> str:
+    found = f"byte 0x{fault.byte:02x} at offset {fault.offset} is not {encoding.upper()}"
+    return f"{name}:{fault.line}  {found}. Save the file as UTF-8 (in Notepad: Save as, Encoding UTF-8)."
+
+
+def _unmarked(path: Path, head: bytes) -> str | None:
+    """UTF-16 without its mark, where every zero byte stands on the same side of a pair and the text is readable."""
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if even and odd:
+        return None
+    encoding = "utf-16-be" if even else "utf-16-le"
+    if max(even, odd) < 3 or first_fault(path, encoding) is not None:
+        return None
+    text = head[: len(head) & ~1].decode(encoding, "replace")
+    readable = sum(character.isprintable() or character in "\r\n\t\u3000" for character in text)
+    return encoding if readable > 0.98 * len(text) else None
+
+
+def _other_guess(path: Path) -> str | None:
+    """Big5 or Shift-JIS, where the bytes are rather that than GB18030, which accepts most of both."""
+    data = b"".join(chunk for _, chunk in zip(range(1), _chunks(path), strict=False))
+    high = [(data[i], data[i + 1]) for i in range(len(data) - 1) if data[i] >= 0x81]
+    if _kana(data) or not high:
+        return "shift_jis" if high else None
+    text = data.decode("gb18030", "ignore")
+    wide = [character for character in text if character >= "\u2e80"]
+    common = sum(0xB0 <= character.encode("gb18030")[0] <= 0xD7 for character in wide)
+    if not wide or common >= _COMMON * len(wide) or first_fault(path, "big5") is not None:
+        return None
+    traditional = [character for character in data.decode("big5", "ignore") if character >= "\u2e80"]
+    frequent = sum(0xA1 <= character.encode("big5")[0] <= 0xC6 for character in traditional)
+    return "big5" if frequent > 0.9 * len(traditional) else None
+
+
+def _kana(data: bytes) -> bool:
+    try:
+        text = data.decode("shift_jis")
+    except UnicodeDecodeError:
+        return False
+    wide = [character for character in text if character >= "\u2e80"]
+    return sum("\u3040" <= character <= "\u30ff" for character in wide) > 0.3 * max(1, len(wide))
+
+
+def _hint(path: Path) -> str:
+    for encoding in ("big5", "shift_jis", "euc_kr"):
+        if first_fault(path, encoding) is None:
+            return f" It may be {encoding}: try --encoding {encoding}."
+    return ""
+
+
+def _samples(path: Path, encoding: str) -> str:
+    text = codecs.getincrementaldecoder(encoding)().decode(next(_chunks(path)))
+    return " / ".join(match[0] for _, match in zip(range(3), _FOREIGN_WORDS.finditer(text), strict=False))
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+
+
+class _Digested(io.RawIOBase):
+    """A file whose bytes are hashed as they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb", buffering=0)
+        self.digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        count = self.file.readinto(buffer) or 0
+        self.digest.update(buffer[:count])
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+@contextmanager
+def open_text(path: Path, name: str, found: Probe, newline: str = "\n") -> Iterator[TextIO]:
+    """The text of a file that was probed; a DataError when the bytes are not those of the probe any more."""
+    changed = f"{name} changed while it was read. Wait until nothing writes to it, and run the command again."
+    try:
+        raw = _Digested(path)
+    except OSError as error:
+        raise EnvironmentFault(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
+    with io.TextIOWrapper(io.BufferedReader(raw, CHUNK), encoding=found.encoding, newline=newline) as stream:
+        stream._CHUNK_SIZE = CHUNK  # pyright: ignore[reportAttributeAccessIssue]  # 8 kB cost a tenth of all time
+        try:
+            yield stream
+            while stream.read(CHUNK):  # what the reader did not need, for the digest
+                pass
+        except UnicodeDecodeError:
+            raise DataError(changed) from None
+        except OSError as error:
+            raise EnvironmentFault(f"{path} cannot be read: {error.strerror}. Check the disk.") from error
+        if raw.digest.hexdigest() != found.digest:
+            raise DataError(changed)
+
+
+def read_head(path: Path, found: Probe) -> str:
+    """The first characters of a file, line ends as they are."""
+    with path.open(encoding=found.encoding, newline="") as stream:
+        return stream.read(_HEAD).removeprefix("\ufeff")
+
+
+def read_text(path: Path, name: str, found: Probe) -> str:
+    """The whole text of a file, with LF line ends."""
+    with open_text(path, name, found, newline="") as stream:
+        text = stream.read()
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+# The input files behind the names on the command line, in sorted order, and what a folder holds besides them.
+
+
+_REPORTS = ("report.json", "rejected.jsonl", "report.html", "dataset_stats.json")
+_INDEXES = ("目录", "合集", "目錄")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, and the name that stands for it in records: unique, without its folders."""
+
+    path: Path
+    name: str
+    label: str
+    from_folder: bool
+
+
+def find_sources(inputs: Iterable[str]) -> tuple[list[Source], list[str]]:
+    """The files to convert, each once, and the lines that say which files of a folder are left out."""
+    found: dict[Path, tuple[Path, bool]] = {}
+    skipped: list[str] = []
+    for given in inputs:
+        for path in _expand(given):
+            if path.is_dir():
+                for inner in _walk(path):
+                    if why := _left_out(inner):
+                        skipped.append(f"{inner}: {why}")
+                    else:
+                        found.setdefault(inner.resolve(), (inner, True))
+            elif path.is_file():
+                found.setdefault(path.resolve(), (path, False))
+            else:  # /dev/zero would never end, a pipe never begin
+                raise UsageError(f"{path} is neither a file nor a folder. Give text or JSON files.")
+    if not found:
+        raise DataError(f"No input files in {', '.join(inputs)}." + "".join(f"\n  skipped {line}" for line in skipped))
+    return list(_label(found.values())), skipped
+
+
+def _expand(given: str) -> list[Path]:
+    path = Path(given)
+    try:
+        path = path.expanduser()
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{excerpt(given)} cannot be opened: {error}. Check the name and its permissions.") from None
+    else:
+        return [path]
+    matches = sorted(glob.glob(str(path)))  # shells on Windows leave patterns to the program
+    if not matches:
+        raise UsageError(f"{given} does not exist. Check the name; the command runs in {Path.cwd()}.")
+    return [Path(match) for match in matches]
+
+
+def _walk(folder: Path) -> list[Path]:
+    files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    return sorted(files, key=lambda path: path.relative_to(folder).parts)
+
+
+def _left_out(path: Path) -> str | None:
+    if path.name in _REPORTS:
+        return "written by an earlier conversion"
+    if path.name.startswith("."):
+        return "hidden"
+    if path.stem.casefold() == "readme":
+        return "a description"
+    if path.stem in _INDEXES:
+        return "an index"
+    if path.name == "meta.json":
+        return "says something about the article beside it"
+    return None if path.is_file() else "not a regular file"
+
+
+def _label(found: Iterable[tuple[Path, bool]]) -> Iterable[Source]:
+    seen: Counter[str] = Counter()
+    for path, from_folder in found:
+        name = printable(path.name)
+        seen[name] += 1
+        label = name if seen[name] == 1 else f"{name}~{seen[name]}"
+        yield Source(path, name, label, from_folder)

@@ -1,0 +1,215 @@
+"""Layers of the model computed with fewer passes and fewer kept tensors, to the same result.
+
+PEFT's forward casts every input to the adapter's float32 and back and keeps the copies for the backward pass;
+transformers' norms and gated layers keep values that are cheaper to compute again. Training spends much of its time and
+most of its memory on that. Nothing here changes the model or its files: only the `forward` of the modules in memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+
+# Norms, gated layers and output layers of these compute what is written here and in persona/engine/loss.py (no scale
+# and no soft cap behind the output layer); any other architecture keeps its own
+KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+ROWS = 512  # of a norm at a time on a CPU: float32 copies in one piece left holes of 0.2 GiB in a benchmark's 2.7
+_UNPACKED = "weight_unpacked"  # attribute of a 4-bit layer
+
+
+def fuse(model: PeftModel) -> None:
+    """Replace the forward of plain LoRA layers and, in architectures that are known, of norms and gated layers."""
+    known = model.config.model_type in KNOWN
+    for module in model.modules():
+        if "forward" in vars(module):  # somebody else's, such as a hook of accelerate
+            continue
+        if hasattr(module, "lora_A") and _is_plain_lora(module):
+            module.forward = partial(_adapted, module, module.forward)
+        elif known and type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_norm, module)
+        elif known and type(module).__name__.endswith("MLP") and getattr(module.config, "hidden_act", None) == "silu":
+            module.forward = partial(_gated, module)
+
+
+def unfuse(model: PeftModel) -> None:
+    """Give the modules their own forward back."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func in (_adapted, _norm, _gated):
+            del module.forward
+
+
+def _is_plain_lora(module: Any) -> bool:
+    """Whether the layer is W x + s B A x over a linear layer: one adapter, no DoRA, no bias of its own."""
+    if len(module.lora_A) != 1 or len(module.lora_variant) or getattr(module, "fan_in_fan_out", False):
+        return False
+    (a,), (b,) = module.lora_A.values(), module.lora_B.values()
+    is_linear = type(module.base_layer) is nn.Linear or type(module.base_layer).__name__ == "Linear4bit"
+    return is_linear and a.bias is None and b.bias is None
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The precision of matrix products with `x`: that of the autocast, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _adapted(module: Any, without: Any, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    ((name, a),), (b,) = module.lora_A.items(), module.lora_B.values()
+    if args or options or module.disable_adapters or module.merged or module.active_adapters != [name]:
+        return without(x, *args, **options)
+    x = x.to(compute_dtype(x))
+    dropped = module.lora_dropout[name](x)
+    again = getattr(x, "again", None) if dropped is x else None
+    y: Any = _Adapted.apply(x, dropped, a.weight, b.weight, module.base_layer, module.scaling[name], again)
+    return y
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + bias + scale B A d, where d is x or x after dropout (LoRA, arXiv 2106.09685); `again` computes d again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        d: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        base: Any,
+        scale: float,
+        again: Any,
+    ) -> torch.Tensor:
+        a, b, rows = a.to(x.dtype), b.to(x.dtype), x.flatten(0, -2)
+        low = d.flatten(0, -2) @ a.T
+        y = F.linear(rows, _frozen(base, x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+        y.addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(None if again else d, low, a, b)
+        ctx.base, ctx.scale, ctx.dropped, ctx.again = base, scale, d is not x, again
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        d, low, a, b = ctx.saved_tensors
+        if ctx.again:
+            d, ctx.again = ctx.again(), None
+        grad = grads[0].to(d.dtype).flatten(0, -2)
+        grad_low = (grad @ b).mul_(ctx.scale)
+        grad_x = grad_d = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _frozen(ctx.base, d.dtype)
+            if not ctx.dropped:
+                grad_x.addmm_(grad_low, a)
+            grad_x = grad_x.view(d.shape)
+        if ctx.dropped and ctx.needs_input_grad[1]:
+            grad_d = (grad_low @ a).view(d.shape)
+        grad_b = (grad.T @ low).mul_(ctx.scale)
+        return grad_x, grad_d, grad_low.T @ d.flatten(0, -2), grad_b, None, None, None
+
+
+def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The frozen weight of `base` (out, in), taken out of its 4 bits where it is held in them."""
+    if (plain := vars(base).get(_UNPACKED)) is not None:
+        return plain.to(dtype)
+    # a weight that FSDP has put together again has lost its own
+    state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+    if state is None:
+        return base.weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight, state).to(dtype)
+
+
+@contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """While entered, hold the 4-bit weights of `model` unpacked too, where they lie on the CPU and memory allows it.
+
+    They compute the same. On the CPU unpacking takes longer than the products of one token, and a reply does both for
+    each of its tokens.
+    """
+    named = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    layers = [module for module in named if not hasattr(module, "base_layer")]  # PEFT's has the same name
+    size = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
+    chosen = layers if model.device.type == "cpu" and size < psutil.virtual_memory().available / 2 else []
+    try:
+        for layer in chosen:
+            setattr(layer, _UNPACKED, _frozen(layer, layer.compute_dtype))
+            layer.forward = partial(_plain, layer)
+        yield
+    finally:
+        for layer in chosen:
+            vars(layer).pop(_UNPACKED, None)
+            vars(layer).pop("forward", None)
+
+
+def _plain(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = vars(layer)[_UNPACKED]
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    y: Any = _Norm.apply(x, module.weight, module.variance_epsilon)
+    return y
+
+
+class _Norm(torch.autograd.Function):
+    """w x / rms(x), the quotient in float32 (RMSNorm, arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+        out = torch.empty(x.shape, dtype=torch.result_type(x, weight), device=x.device)
+        for rows, factor, into in _few_rows(x, scale, out):
+            wide = rows.float()
+            torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon, out=factor)
+            torch.mul((wide * factor).to(x.dtype), weight, out=into)
+        ctx.save_for_backward(x, scale, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, scale, weight = ctx.saved_tensors
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for rows, received, factor, into in _few_rows(x, grads[0], scale, out):
+            normed, grad = rows.float() * factor, (received * weight).float()
+            along = (grad * normed).mean(-1, keepdim=True)
+            into.copy_((grad - normed.mul_(along)).mul_(factor))
+        return out, None, None
+
+
+def _few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors (..., size) as rows, few of each at a time; all at once on a card."""
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    few = ROWS if flat[0].device.type == "cpu" else max(1, len(flat[0]))
+    return zip(*(rows.split(few) for rows in flat), strict=True)
+
+
+def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    product: Any = _Product.apply(gate, up)
+    product.again = partial(_product, gate.detach(), up.detach())  # a fifth of all that is kept, were it kept
+    return module.down_proj(product)
+
+
+def _product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class _Product(torch.autograd.Function):
+    """silu(gate) up (SwiGLU, arXiv 2002.05202)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return _product(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])

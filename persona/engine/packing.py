@@ -1,0 +1,199 @@
+"""Examples -> packs: what goes through the model at a time.
+
+Where the architecture allows it (`persona.engine.trial`), the examples of an update form a prefix tree: what they have
+in common, such as the character's card and the earlier turns of a conversation, is computed once; every token attends
+to its ancestors and itself. Otherwise a pack is rows of one example each. Loss and gradients are the same either way.
+"""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from persona.engine.attention import Block, Tree
+from persona.model.render import Example
+
+BLOCK = 192  # tokens that attend at once on a CPU: few enough that their scores stay in its cache
+BLOCK_ON_CARD = 512  # a card works through larger products sooner than it starts many of them
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Input of one pass through the model, and which of its positions are supervised by which token."""
+
+    input_ids: torch.Tensor  # (rows, length)
+    position_ids: torch.Tensor | None  # (rows, length), None where they just count
+    tree: Tree | None  # who attends to whom; None is plain causal attention within each row
+    positions: torch.Tensor  # (supervised,) index into the flattened input: where the logits are
+    targets: torch.Tensor  # (supervised,) the token that should come there; a position may have several
+
+
+def inputs(example: Example) -> tuple[int, ...]:
+    """The tokens that the model reads for an example; its last one is only a target."""
+    return (*example.prompt_ids, *example.reply_ids[:-1])
+
+
+def portion(examples: Sequence[Example], rank: int, count: int, share: bool) -> Sequence[Example]:
+    """The examples that process `rank` of `count` computes; none, where there are fewer examples than processes.
+
+    Those that begin alike stay together, and each process gets about as many tokens; with `share`, tokens that an
+    example has in common with its neighbour count once.
+    """
+    if count == 1:
+        return examples
+    ordered = sorted(examples, key=inputs)
+    costs = [1 + len(inputs(example)) for example in ordered]
+    if share and ordered:
+        # what all have in common costs every process the same; it is taken off the first one
+        costs[0] -= _common(inputs(ordered[0]), inputs(ordered[-1]))
+        for place in range(1, len(ordered)):
+            costs[place] -= _common(inputs(ordered[place - 1]), inputs(ordered[place]))
+    ends = list(itertools.accumulate(costs))
+    owners = [int((end - cost / 2) * count / ends[-1]) for end, cost in zip(ends, costs, strict=True)]
+    return [example for example, owner in zip(ordered, owners, strict=True) if owner == rank]
+
+
+def plan_packs(examples: Sequence[Example], max_tokens: int, share: bool) -> list[list[Example]]:
+    """Examples in as few packs as `max_tokens` allows, trees of about the same size; a longer example goes alone.
+
+    The sum of the packs' losses does not depend on the grouping.
+    """
+    return _plan_trees(examples, max_tokens) if share else _plan_rows(examples, max_tokens)
+
+
+def _plan_rows(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    groups: list[list[Example]] = []
+    # sorted by length, so that the rows of a pack need little filling
+    for example in sorted(examples, key=lambda example: len(inputs(example)), reverse=True):
+        if groups and (len(groups[-1]) + 1) * len(inputs(groups[-1][0])) <= max_tokens:
+            groups[-1].append(example)
+        else:
+            groups.append([example])
+    return groups
+
+
+def _plan_trees(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    # in sorted order an example shares with its neighbour all that it shares with any example before it
+    ordered = sorted(examples, key=inputs)
+    read = [inputs(example) for example in ordered]
+    new = [len(ids) - _common(before, ids) for before, ids in zip([(), *read], read, strict=False)]
+
+    def firsts(limit: int) -> list[int]:
+        """Where a pack begins when each is filled up to `limit`, which takes the fewest packs."""
+        begins: list[int] = []
+        size = 0
+        for place, ids in enumerate(read):
+            size += new[place]
+            if not begins or size > limit:
+                begins.append(place)
+                size = len(ids)
+        return begins
+
+    # The smallest limit that takes no more packs: a last pack of few tokens costs a card of its own as well, the
+    # others need less memory, and blocks of one size fit where those of the pack before were.
+    few = len(firsts(max_tokens))
+    smallest = bisect.bisect_left(range(max_tokens), True, key=lambda limit: len(firsts(limit)) <= few)
+    begins = firsts(smallest)
+    return [ordered[begin:end] for begin, end in itertools.pairwise([*begins, len(ordered)])]
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def pack(examples: Sequence[Example], device: torch.device, share: bool, block: int | None = None) -> Pack:
+    """One pack of `examples`, in the order of `plan_packs`, on `device`; `block` tokens of a tree attend at once."""
+    if not share or len(examples) == 1:
+        return _rows(examples, device)
+    return _tree(examples, device, block or (BLOCK if device.type == "cpu" else BLOCK_ON_CARD))
+
+
+def _rows(examples: Sequence[Example], device: torch.device) -> Pack:
+    # Filled up on the right: with causal attention nothing attends to what stands right of it, so the filling needs no
+    # mask and no token of its own.
+    width = max(len(inputs(example)) for example in examples)
+    rows, positions, targets = [], [], []
+    for row, example in enumerate(examples):
+        ids = inputs(example)
+        rows.append([*ids, *[0] * (width - len(ids))])
+        first = row * width + len(example.prompt_ids) - 1
+        positions += range(first, first + len(example.reply_ids))
+        targets += example.reply_ids
+    ids, where, what = (torch.tensor(values, device=device) for values in (rows, positions, targets))
+    return Pack(ids, None, None, where, what)
+
+
+def _tree(examples: Sequence[Example], device: torch.device, block: int) -> Pack:
+    ids: list[int] = []
+    depths: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    path: list[int] = []  # nodes from the root to the end of the example before
+    segments: list[Segment] = []
+    previous: tuple[int, ...] = ()
+    for example in examples:
+        tokens = inputs(example)
+        shared = _common(previous, tokens)
+        begin = len(ids)
+        ids += tokens[shared:]
+        depths += range(shared, len(tokens))
+        if begin < len(ids):
+            segments.append((path[:shared], begin, len(ids)))
+        path = [*path[:shared], *range(begin, len(ids))]
+        positions += path[len(example.prompt_ids) - 1 :]
+        targets += example.reply_ids
+        previous = tokens
+    what, depth, where, which = (torch.tensor(values, device=device) for values in (ids, depths, positions, targets))
+    tree = [_block(group, device) for group in _grouped(segments, block)]
+    return Pack(what[None], depth[None], tree, where, which)
+
+
+Segment = tuple[list[int], int, int]  # ancestors from the root on, first new node, end of the new nodes
+
+
+def _grouped(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
+    """Neighbouring segments in groups of up to `size` tokens; a longer segment is cut into even pieces."""
+    cuts = {ancestors[-1] + 1 for ancestors, _, _ in segments if ancestors}
+    groups: list[list[Segment]] = [[]]
+    for ancestors, begin, end in segments:
+        path = ancestors
+        inner = sorted(cut for cut in cuts if begin < cut < end)
+        for first, last in itertools.pairwise([begin, *inner, end]):
+            count = -(-(last - first) // size)
+            edges = [first + (last - first) * i // count for i in range(count + 1)]
+            for start, stop in itertools.pairwise(edges):
+                if groups[-1] and stop - groups[-1][0][1] > size:
+                    groups.append([])
+                groups[-1].append((path, start, stop))
+                path = [*path, *range(start, stop)]
+    return groups
+
+
+def _block(group: Sequence[Segment], device: torch.device) -> Block:
+    first, end = group[0][1], group[-1][2]
+    seen = torch.zeros(end - first, end, dtype=torch.bool)
+    for ancestors, start, stop in group:
+        seen[start - first : stop - first, ancestors] = True
+        seen[start - first : stop - first, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
+    by_all = seen[:, :first].all(0).nonzero().flatten().tolist()
+    by_some = (seen[:, :first].any(0) & ~seen[:, :first].all(0)).nonzero().flatten().tolist()
+    seen_by_some = seen[:, [*by_some, *range(first, end)]]
+    bias = torch.zeros(seen_by_some.shape).masked_fill_(~seen_by_some, float("-inf"))
+    return Block(first, end, [*_stretches(by_all), *_stretches(by_some), (first, end)], bias.to(device))
+
+
+def _stretches(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending positions as stretches begin..end of neighbours."""
+    breaks = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
+    edges = [0, *breaks, len(positions)] if positions else []
+    return [(positions[a], positions[b - 1] + 1) for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,152 @@
+"""Whether a model may be given prefix trees, and the proof on its own data that it computes them right."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from persona.engine.attention import NAME
+from persona.engine.fused import KNOWN, fuse, unfuse
+from persona.engine.loss import negative_log_likelihood
+from persona.engine.packing import inputs, pack, plan_packs
+from persona.model.render import Example
+
+# Architectures whose attention takes any structure and whose rotary positions take any numbers, each held to the rows'
+# loss and gradients by tests/engine/test_packing.py.
+SHARING = KNOWN
+LEARNED = frozenset({"gpt2", "opt", "gpt_neo", "gpt_bigcode", "xglm"})
+ALIBI = frozenset({"bloom", "mpt"})
+STATE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "zamba2", "nemotron_h", "lfm2"})
+# Largest relative differences of the loss, and of the gradient of one kind of weights, that rounding may make. On the
+# embedded model in bfloat16 they are 0.002 and 0.06; where branches see each other, they are above 0.1 and 0.9.
+TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.01, 0.2), torch.float16: (0.01, 0.1)}
+HEAD, TAIL = 160, 40  # tokens of the trial's common beginning, and of what follows it
+TRIAL_BLOCK = 64  # so that even a short tree has several blocks
+
+
+def why_not(config: Any, longest: int) -> str | None:
+    """Why a model of this configuration cannot be given prefix trees of up to `longest` positions; None if it can."""
+    kind = config.model_type
+    layers = getattr(config, "layer_types", None) or ()
+    window = getattr(config, "sliding_window", None)
+    # Mistral looks at the window alone, whatever its layer_types say
+    slides = "sliding_attention" in layers if layers and kind != "mistral" else window is not None
+    if slides and (window is None or window < longest):
+        return f"its attention reaches back only {window} tokens, and a pack has up to {longest}"
+    if other := sorted({layer for layer in layers if layer not in ("full_attention", "sliding_attention")}):
+        return f"it has layers of {', '.join(other)}, which carry what one reply says into the next"
+    if kind in STATE:
+        return "it carries a state from token to token"
+    if kind in LEARNED:
+        return "its positions are learned, and it counts them itself"
+    if kind in ALIBI:
+        return "its attention counts distances in the row (ALiBi)"
+    if kind not in SHARING:
+        return f"{kind} is not among the architectures that are tested with them ({', '.join(sorted(SHARING))})"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if (how := rope.get("rope_type")) in ("longrope", "dynamic"):
+        return f"its positions depend on the longest example beside it (rope_type {how})"
+    if getattr(config, "attention_dropout", 0):
+        return "its configuration drops attention weights at random (attention_dropout)"
+    if config._attn_implementation not in ("sdpa", NAME):
+        return f"its attention runs as {config._attn_implementation}"
+    return None
+
+
+def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accelerator: Any) -> str | None:
+    """Let `model` compute prefix trees in fused layers, after a trial with the beginning of one of `examples`.
+
+    Returns why it has to be one example a row, or None when beginnings are shared.
+    """
+    reason = why_not(model.config, longest)
+    if reason is None:
+        model.get_base_model().set_attn_implementation(NAME)
+    found = difference(model, trial_examples(examples), accelerator, share=reason is None)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    if found is None:
+        return reason
+    keep_rows(model)
+    return f"in a trial before the first update {found}"
+
+
+def keep_rows(model: Any) -> None:
+    """Give `model` its own attention and layers back, which take one example a row."""
+    if model.config._attn_implementation == NAME:
+        model.get_base_model().set_attn_implementation("sdpa")
+    unfuse(model)
+
+
+def trial_examples(examples: Sequence[Example]) -> list[Example]:
+    """Three short examples that begin like the shortest of `examples` and part there, of its tokens in other orders."""
+    shortest = min(examples, key=lambda example: len(example.prompt_ids) + len(example.reply_ids))
+    ids = (*shortest.prompt_ids, *shortest.reply_ids)
+    head = ids[: min(HEAD, len(ids) * 2 // 3)]
+    tail = ids[len(head) : len(head) + TAIL]
+    ways = (tail, tail[::-1], (*tail[1::2], *tail[::2]))
+    return [Example((*head, *way[:1]), way[1:] or way) for way in ways]
+
+
+def difference(model: Any, examples: Sequence[Example], accelerator: Any, share: bool) -> str | None:
+    """What differs between `examples` in one pack and each alone in the libraries' own layers; None if nothing.
+
+    The layers of `model` are left fused; its weights, gradients, mode and the random state are as they were.
+    """
+    device = accelerator.device
+    dtype = next(weight.dtype for weight in model.get_base_model().parameters() if weight.is_floating_point())
+    with _trial(model):
+        unfuse(model)
+        alone = _measured(model, (_plain_loss(model, example, device) for example in examples), accelerator)
+        fuse(model)
+        (group,) = plan_packs(examples, len(examples) * (HEAD + TAIL + 1), share)
+        packed = pack(group, device, share, TRIAL_BLOCK)
+        together = _measured(model, (negative_log_likelihood(model, one) for one in [packed]), accelerator)
+    by_loss, by_gradient = TOLERANCE[dtype]
+    if not abs(together[0] - alone[0]) <= by_loss * abs(alone[0]):
+        return f"the loss of three short examples was {together[0]:.4f} in one pack and {alone[0]:.4f} one by one"
+    for kind, right in alone[1].items():
+        apart = float((together[1][kind] - right).norm() / right.norm().clamp(min=1e-30))
+        if not apart <= by_gradient:
+            return f"the gradient of {kind} from three short examples was {apart:.0%} off in one pack"
+    return None
+
+
+@contextmanager
+def _trial(model: Any) -> Iterator[None]:
+    """No dropout, and an adapter whose two halves both matter; everything is put back afterwards."""
+    halves = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    before, mode = [weight.detach().clone() for weight in halves], model.training
+    chance = torch.Generator().manual_seed(0)
+    try:
+        for weight in halves:
+            weight.data.copy_(torch.randn(weight.shape, generator=chance) * 0.01)
+        model.eval()
+        yield
+    finally:
+        for weight, value in zip(halves, before, strict=True):
+            weight.data.copy_(value)
+        model.zero_grad()
+        model.train(mode)
+
+
+def _measured(model: Any, losses: Iterator[torch.Tensor], accelerator: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """The sum of `losses`, and its gradient for each kind of adapter weights, such as `q_proj.lora_A`."""
+    model.zero_grad()
+    total = 0.0
+    with accelerator.autocast():
+        for loss in losses:
+            loss.backward()
+            total += loss.item()
+    kinds: dict[str, list[torch.Tensor]] = {}
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            kinds.setdefault(".".join(name.split(".")[-4:-2]), []).append(weight.grad.flatten())
+    return total, {kind: torch.cat(grads) for kind, grads in kinds.items()}
+
+
+def _plain_loss(model: Any, example: Example, device: torch.device) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([inputs(example)], device=device), use_cache=False).logits[0]
+    reply = torch.tensor(example.reply_ids, device=device)
+    return F.cross_entropy(logits[-len(reply) :].float(), reply, reduction="sum")

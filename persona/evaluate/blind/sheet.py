@@ -1,0 +1,200 @@
+"""Blind comparison of two sides' replies: the sheet that readers fill in, and the key that stays with its maker.
+
+Everything random in a sheet (order of the pairs, which side is on the left, the identifiers) is a keyed hash of a
+secret that stands in the key alone, so that nothing in the sheet tells the sides apart but the replies themselves.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from persona.errors import DataError, UsageError
+from persona.files import write_json, write_text
+from persona.pages import asset, document, embedded
+
+SHEET_NAME, KEY_NAME = "ab_sheet.html", "ab_key.json"
+KEY_FORMAT = "ab-key-1"
+_LETTERS = "bcdfghjkmnpqrstvwxyz"  # without vowels no words, without digits no numbers that Excel rewrites
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+_CHINESE_SHARE = 0.2  # of all characters; Chinese with Latin names in it has far more, English quoting Chinese fewer
+
+# What a chat template or a habit of one side leaves in a reply, and what would show at a glance which side wrote it.
+_MARKUP = (
+    (re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE), ""),
+    (re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]"), ""),
+    (re.compile(r"^[ \t]*```.*(?:\n|$)", re.MULTILINE), ""),
+    (re.compile(r"^[ \t]*#{1,6}[ \t]+", re.MULTILINE), ""),
+    (re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
+    (re.compile(r"[\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\u00ad]"), ""),
+    (re.compile(r"[^\S\n]+"), " "),
+    (re.compile(r" ?\n ?"), "\n"),
+    (re.compile(r"\n{3,}"), "\n\n"),
+)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Predicted(Protocol):
+    """A prompt and a side's reply to it."""
+
+    @property
+    def input(self) -> str: ...
+
+    @property
+    def predict(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A sheet that was made, and its key."""
+
+    sheet: Path
+    key: Path
+    pairs: int
+    identical: int
+    """Pairs of the same two replies, which nobody is asked about; they count as ties."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    prediction: int  # its place in the predictions, from 0
+    prompt: str
+    replies: tuple[str, str]  # of the first and of the second side
+
+
+def make_sheet(
+    first: Sequence[Predicted],
+    second: Sequence[Predicted],
+    folder: Path,
+    seed: str | None,
+    *,
+    names: tuple[str, str] = ("tuned", "base"),
+    about: str | None = None,
+    examples: Sequence[str] = (),
+    limit: int | None = None,
+) -> Sheet:
+    """Write ab_sheet.html and ab_key.json for two sides' replies to the same prompts, in the same order.
+
+    With `seed` the same predictions give the same two files; whoever can guess it can tell the sides apart, so that
+    without a reason it is None, which draws 256 bits. `about` is the character's name for the question, `examples`
+    are true lines of the character for readers who do not know it, `limit` draws that many pairs at random.
+    Raises `DataError` where the predictions do not belong together or no pair differs, `UsageError` where the
+    folder holds the key of another sheet.
+    """
+    pairs = _pairs(first, second, names)
+    asked = [pair for pair in pairs if "".join(pair.replies[0].split()) != "".join(pair.replies[1].split())]
+    if not asked:
+        raise DataError(
+            f"All {len(pairs)} pairs of replies are identical, so there is nothing to compare. "
+            f"Are both predictions of the same side?"
+        )
+    secret = secrets.token_hex(32) if seed is None else str(seed)
+    shown = sorted(asked, key=lambda pair: _hash(secret, "order", pair.prediction))[:limit]
+    on_left = _first_on_left(secret, shown)
+    ids = {pair.prediction: _name(_hash(secret, "pair", pair.prediction), 8) for pair in shown}
+    if len(set(ids.values())) < len(ids):
+        raise DataError("Two pairs got the same identifier, which is rarer than one sheet in millions. Make it again.")
+    content: dict[str, Any] = {
+        "language": "zh" if _is_chinese(shown) else "en",
+        "about": _plain(about or ""),
+        "examples": [_plain(text) for text in examples],
+        "pairs": [_placed(pair, ids[pair.prediction], pair.prediction in on_left) for pair in shown],
+    }
+    name = _name(_hash(secret, "sheet", json.dumps(content, ensure_ascii=False)), 12)
+    key = {
+        "format": KEY_FORMAT,
+        "sheet": name,
+        "seed": secret,
+        "names": list(names),
+        "pairs": [
+            {
+                "id": ids[pair.prediction],
+                "prediction": pair.prediction,
+                "left": names[pair.prediction not in on_left],
+                "right": names[pair.prediction in on_left],
+            }
+            for pair in shown
+        ],
+        "identical": sorted({pair.prediction for pair in pairs} - {pair.prediction for pair in asked}),
+    }
+    _refuse_other_key(folder, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    body = f"{asset('ab_sheet.html')}\n{embedded('sheet', {'sheet': name} | content)}"
+    page = document("A/B", body, "ab_sheet.css", script=asset("ab_sheet.js"))
+    write_text(folder / SHEET_NAME, page)
+    write_json(folder / KEY_NAME, key)
+    return Sheet(folder / SHEET_NAME, folder / KEY_NAME, len(shown), len(pairs) - len(asked))
+
+
+def _pairs(first: Sequence[Predicted], second: Sequence[Predicted], names: tuple[str, str]) -> list[_Pair]:
+    again = "Predict both with the same file: python evaluate_model.py predict"
+    if len(first) != len(second):
+        raise DataError(f"{len(first)} predictions of {names[0]} but {len(second)} of {names[1]}. {again}")
+    if not first:
+        raise DataError(f"There are no predictions to compare. {again}")
+    pairs = []
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        if one.input != other.input:
+            raise DataError(
+                f"Prediction {number + 1} of {names[0]} and of {names[1]} answer different prompts. {again}"
+            )
+        pairs.append(_Pair(number, _plain(one.input), (_plain(one.predict), _plain(other.predict))))
+    return pairs
+
+
+def _plain(text: str) -> str:
+    """`text` without markup, invisible characters and odd spacing."""
+    text = _CONTROLS.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
+    for pattern, instead in _MARKUP:
+        text = pattern.sub(instead, text)
+    return text.strip()
+
+
+def _first_on_left(secret: str, shown: Sequence[_Pair]) -> set[int]:
+    """On which pairs the first side is on the left: a random half, so that a reader's habit of one side cancels."""
+    shuffled = sorted(shown, key=lambda pair: _hash(secret, "side", pair.prediction))
+    odd = _hash(secret, "side", "odd")[0] % 2
+    return {pair.prediction for pair in shuffled[: (len(shown) + odd) // 2]}
+
+
+def _placed(pair: _Pair, name: str, first_on_left: bool) -> dict[str, str]:
+    left, right = pair.replies if first_on_left else reversed(pair.replies)
+    return {"id": name, "prompt": pair.prompt, "left": left, "right": right}
+
+
+def _hash(secret: str, purpose: str, of: int | str) -> bytes:
+    return hmac.digest(secret.encode(), f"{purpose}\0{of}".encode(), hashlib.sha256)
+
+
+def _name(digest: bytes, length: int) -> str:
+    number, letters = int.from_bytes(digest, "big"), []
+    for _ in range(length):
+        number, letter = divmod(number, len(_LETTERS))
+        letters.append(_LETTERS[letter])
+    return "".join(letters)
+
+
+def _is_chinese(shown: Sequence[_Pair]) -> bool:
+    text = "".join("".join(pair.replies) for pair in shown)
+    return len(_HAN.findall(text)) > _CHINESE_SHARE * len(text)
+
+
+def _refuse_other_key(folder: Path, name: str) -> None:
+    path = folder / KEY_NAME
+    if not path.exists():
+        return
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))["sheet"] == name
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = False
+    if not kept:
+        raise UsageError(
+            f"{path} is the key of another sheet, whose answers could never be scored without it. "
+            "Choose another folder, or delete the key if no answers are to come."
+        )

@@ -1,0 +1,188 @@
+"""Replies to held-out prompts beside what was really said: predictions.json, texts of other tools, their figures."""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from persona.console import excerpt
+from persona.errors import DataError
+from persona.evaluate.results import Replies
+from persona.evaluate.style.words import units
+from persona.files import scan_json, write_json
+from persona.records import Record
+
+PREDICTIONS, BASE_PREDICTIONS = "predictions.json", "predictions_base.json"
+# What the three parts are called here, in LLaMA-Factory's generated_predictions.jsonl, and in other tools' files
+_NAMES = {
+    "input": ("input", "prompt", "instruction", "question"),
+    "predict": ("predict", "prediction", "generated", "response", "output", "completion"),
+    "target": ("target", "label", "reference", "answer"),
+}
+_AS_AI = re.compile(
+    r"作为(?:一个|一名|一款)?\s*(?:大型|大)?\s*(?:AI|人工智能|语言模型|机器人|智能助手)|语言模型|人工智能助手"
+    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b|\blanguage model\b"
+    r"|\bI(?:'|’)?\s?a?m (?:just |only )?an? (?:AI|artificial intelligence|chatbot|virtual assistant)\b",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"^[ \t]*([^\s:：][^:：\n]{0,39}?)[ \t]*[:：][ \t]*\S", re.MULTILINE)
+_ROLES = frozenset({"user", "assistant", "system", "human", "ai", "用户", "助手", "系统"})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was asked last, what a model said to it, and what was really said."""
+
+    input: str
+    predict: str
+    target: str
+
+
+def asked(records: Sequence[Record]) -> list[Prediction]:
+    """One for each of `records`, in their order, still without a reply: its last reply is the target."""
+    return [Prediction(record.turns[-2]["content"], "", record.turns[-1]["content"]) for record in records]
+
+
+def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
+    """Write `predictions` as a JSON list, whole or not at all."""
+    write_json(path, [asdict(prediction) for prediction in predictions])
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """Replies from any tool: our predictions.json, JSONL with such keys, or plain text.
+
+    Plain text holds one reply a paragraph where blank lines part them, otherwise one a line; such replies have no input
+    and no target. Raises `DataError` with the place.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    if text.lstrip()[:1] in ("[", "{") and (entries := _json_entries(path, text)):
+        return [_prediction(value, place) for place, value in entries]
+    parted = re.split(r"\n[ \t]*\n", text.strip("\n"))
+    replies = parted if len(parted) > 1 else text.split("\n")
+    found = [Prediction("", reply.strip(), "") for reply in replies if reply.strip()]
+    if not found:
+        raise DataError(f"{path} is empty: expected a reply a paragraph, a reply a line, or JSON.")
+    return found
+
+
+def _json_entries(path: Path, text: str) -> list[tuple[str, Any]]:
+    """The objects of a JSON list, or of JSONL; none where a text only begins like JSON (“[laughs] ...”)."""
+    if text.lstrip().startswith("["):
+        try:
+            values = _strict(text, str(path))
+        except json.JSONDecodeError as error:
+            if path.suffix == ".json":
+                raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
+            return []
+        return [(f"{path}: entry {number}", value) for number, value in enumerate(values, 1)]
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entries.append((f"{path}:{number}", _strict(line, f"{path}:{number}")))
+            except json.JSONDecodeError as error:
+                if path.suffix not in (".json", ".jsonl"):
+                    return []
+                raise DataError(f"{path}:{number}: not JSON: {error.msg}; write one object a line.") from None
+    return entries
+
+
+def _strict(text: str, place: str) -> Any:
+    start = len(text) - len(text.lstrip())
+    value, end, fault = scan_json(text, start)
+    if text[end:].strip():
+        raise json.JSONDecodeError("Extra data", text, end)
+    if fault:
+        raise DataError(f"{place}: {fault}.")
+    return value
+
+
+def _prediction(value: Any, place: str) -> Prediction:
+    if isinstance(value, str):
+        return Prediction("", value, "")
+    expected = 'expected {"input": ..., "predict": ..., "target": ...}'
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: {expected}, found {excerpt(json.dumps(value), 40)}.")
+    found = {}
+    for part, names in _NAMES.items():
+        name = next((name for name in names if isinstance(value.get(name), str)), None)
+        if name is None and part == "predict":
+            keys = ", ".join(value) or "nothing"
+            raise DataError(f"{place}: {expected}, found no reply under {', '.join(names)} but {excerpt(keys, 60)}.")
+        found[part] = value[name] if name is not None else ""
+    return Prediction(**found)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def figures_of(
+    predictions: Sequence[Prediction], language: str, others: Collection[str], ended: Sequence[bool] | None
+) -> Replies:
+    """The figures of `predictions` that have a target; `others` are the speakers under whose name they must not speak.
+
+    BLEU (Papineni et al. 2002) and chrF (Popović 2015) are sacrebleu's, so that they compare between papers.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    said = [prediction.predict for prediction in predictions]
+    wanted = [prediction.target for prediction in predictions]
+    bleu = BLEU(tokenize="zh" if language == "zh" else "13a")
+    broken = sum(breaks_character(reply, others) is not None for reply in said)
+    return Replies(
+        count=len(predictions),
+        bleu=_exact(bleu.corpus_score(said, [wanted]).score),
+        chrf=_exact(CHRF().corpus_score(said, [wanted]).score),
+        rouge_l=100 * sum(map(rouge_l, said, wanted)) / len(predictions),
+        length_ratio=sum(map(len, said)) / max(sum(map(len, wanted)), 1),
+        breaks_character=broken / len(predictions),
+        stops=None if ended is None else sum(ended) / len(ended),
+    )
+
+
+def _exact(score: float) -> float:
+    return min(max(float(score), 0.0), 100.0)  # a perfect one is 100.00000000000004
+
+
+def rouge_l(said: str, wanted: str) -> float:
+    """F1 of the longest common subsequence of words, or of characters in scripts without spaces (Lin 2004)."""
+    left, right = (_units(text) for text in (said, wanted))
+    if not left or not right:
+        return float(left == right)
+    row = [0] * (len(right) + 1)
+    for unit in left:
+        above, row = row, [0]
+        for place, other in enumerate(right, 1):
+            row.append(above[place - 1] + 1 if unit == other else max(above[place], row[-1]))
+    precision, recall = row[-1] / len(left), row[-1] / len(right)
+    return 2 * precision * recall / (precision + recall) if row[-1] else 0.0
+
+
+def _units(text: str) -> list[str]:
+    folded = text.casefold()
+    return [folded[start:end] for start, end in units(folded)]
+
+
+def breaks_character(reply: str, others: Collection[str]) -> str | None:
+    """The words by which `reply` falls out of the character: as a language model, or as one of `others`; else None."""
+    if found := _AS_AI.search(reply):
+        return found[0]
+    return next((match[1] for match in _LABEL.finditer(reply) if match[1].casefold() in others), None)
+
+
+def other_speakers(records: Iterable[Record]) -> frozenset[str]:
+    """The names, folded, that stand before a colon in what the character is told, and the names of roles."""
+    own, names = set(), set(_ROLES)
+    for record in records:
+        own.add(str(record.meta.get("character", "")).casefold())
+        told = [turn["content"] for turn in record.turns if turn["role"] == "user"]
+        names |= {match[1].casefold() for text in told for match in _LABEL.finditer(text)}
+    return frozenset(names - own)

@@ -1,0 +1,197 @@
+"""Folders that appear complete or not at all: written aside, flushed to the disk, renamed."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from persona.console import excerpt
+from persona.errors import UsageError
+
+MARKER = "COMPLETE.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+AGAIN = "Copy or download it again completely."
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises `UsageError` with the place when it is broken, unreadable or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. {AGAIN}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}. {AGAIN}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: expected a JSON object {{...}}, found something else. {AGAIN}")
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(staging: Path, folder: Path, marked: bool = False) -> None:
+    """Flush `staging` to the disk and give it its final name, replacing an earlier folder of that name.
+
+    With `marked`, COMPLETE.json with every file's size and SHA-256 is written last, for `fault_in` to check.
+    """
+    files = sorted(path for path in staging.rglob("*") if path.is_file())
+    for path in files:
+        _flush(path)
+    if marked:
+        entries = {
+            p.relative_to(staging).as_posix(): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files
+        }
+        write_json(staging / MARKER, {"files": entries})
+        _flush(staging / MARKER)
+    recover(folder)
+    old = _aside(folder)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        staging.rename(folder)
+    except OSError:  # on Windows another program may hold a file open
+        recover(folder)
+        raise
+    _flush(folder.parent)
+    recover(folder)
+
+
+def recover(folder: Path) -> None:
+    """Undo or finish a `publish` that was killed: the earlier `folder` comes back if the new one had not its name yet.
+
+    No system lets one folder take the place of another in one step everywhere, so for an instant there is none; whoever
+    looks for `folder` where a `publish` may have been killed calls this first.
+    """
+    old, removed = _aside(folder), folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    if os.path.isdir(old):
+        if os.path.isdir(folder):
+            old.rename(removed)  # first, so that half of it never has a name from which it would come back
+            shutil.rmtree(removed, ignore_errors=True)
+        else:
+            old.rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".old-{folder.name}")
+
+
+def publish_file(staging: Path, path: Path) -> None:
+    """Flush the file `staging` to the disk and give it its final name, replacing an earlier file of that name."""
+    _flush(staging)
+    staging.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and sys.platform == "win32":
+        return  # Windows has no handle on a folder that could be flushed
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable UTF-8 JSON, whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with Unix line ends, whole or not at all."""
+    staging = path.with_name(f".{path.name}.staging")
+    staging.write_text(text, encoding="utf-8", newline="\n")
+    publish_file(staging, path)
+
+
+def fault_in(folder: Path) -> str | None:
+    """Why `folder` is no complete checkpoint or adapter, or None when every file is as it was written."""
+    try:
+        entries = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MARKER}"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+# --- strict json ------------------------------------------------------------------------------------------------------
+# JSON read strictly: what Python's own module lets pass, such as a key that stands twice, is named.
+
+
+MAX_DEPTH = 64  # deeper JSON is an attack or an accident; Python's own limit would end in a RecursionError
+MAX_DIGITS = 1000  # Python refuses to read or print integers of more than 4,300 digits
+
+
+def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
+    """The JSON value at `start`, where it ends, and what forbids its use (duplicate keys, NaN, depth) or None.
+
+    Broken syntax raises json.JSONDecodeError.
+    """
+    if _FAULTS:
+        _FAULTS.clear()
+    try:
+        value, end = _STRICT.raw_decode(text, start)
+    except RecursionError:
+        raise json.JSONDecodeError(f"Nested deeper than {MAX_DEPTH} levels", text, start) from None
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        _FAULTS.append(f"it is nested deeper than {MAX_DEPTH} levels")
+    return value, end, _FAULTS[0] if _FAULTS else None
+
+
+# One decoder for all values: to build one takes as long as to read a short record. It notes here what Python's json
+# module lets pass, and goes on, so that the end of the value is found.
+_FAULTS: list[str] = []
+
+
+def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+        _FAULTS.append(f'the key "{excerpt(key, 40)}" stands {count} times in one object')
+    return found
+
+
+def _constant(name: str) -> None:
+    _FAULTS.append(f"{name} is not JSON")
+
+
+def _real(digits: str) -> float:
+    if math.isinf(value := float(digits)):
+        _FAULTS.append(f"the number {excerpt(digits, 20)} is too large")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        _FAULTS.append(f"a number has {len(digits)} digits")
+        return 0
+    return int(digits)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_collect, parse_constant=_constant, parse_float=_real, parse_int=_integer)
+
+
+def _deeper_than(value: object, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(level)

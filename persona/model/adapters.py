@@ -1,0 +1,192 @@
+"""The folders that a run leaves behind: what each is, what the other scripts need of it, and how it is written."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from persona.config import DEFAULT_CONFIG, Config, load_config
+from persona.errors import UsageError
+from persona.files import ADAPTER_WEIGHTS, publish, read_json_object, write_json
+from persona.model.folders import fingerprint, read_config
+from persona.model.sources import resolve_model
+
+CARD = "persona.json"
+# What belongs to a tokenizer in a Hugging Face folder; these travel byte for byte, because a tokenizer that is loaded
+# and saved again no longer has the hash by which llama.cpp's converter knows it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class PersonaCard:
+    """What must be the same in training, chat, evaluation and merge."""
+
+    base_name: str
+    base_fingerprint: str
+    """`persona.model.folders.fingerprint` of the base model's weights."""
+    system_prompt: str | None
+    date: str
+    """Day that a template which writes the date was fixed to, ISO 8601."""
+
+
+def read_card(folder: Path) -> PersonaCard | None:
+    """The card in `folder`, or None when another tool made the folder; raises `UsageError` for one of another form."""
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    values = read_json_object(path)
+    advice = "Copy the folder again completely, or use the version of this toolkit that wrote it."
+    if odd := sorted(values.keys() ^ {field.name for field in fields(PersonaCard)}):
+        raise UsageError(f"{path}: missing or unknown: {', '.join(odd)}. {advice}")
+    try:
+        date.fromisoformat(values["date"])
+    except (TypeError, ValueError):
+        raise UsageError(f"{path}: date: found {json.dumps(values['date'])}; expected 2024-05-01. {advice}") from None
+    return PersonaCard(**values)
+
+
+def check_base(adapter: Path, base: Path) -> PersonaCard | None:
+    """The card of `adapter`; raises `UsageError` when it was trained on other weights than those in `base`."""
+    card = read_card(adapter)
+    if card is not None and card.base_fingerprint != fingerprint(base):
+        raise UsageError(
+            f"{adapter} was trained on {card.base_name}, but {base} holds other weights. Set model.name_or_path to the "
+            "model it was trained on."
+        )
+    return card
+
+
+def public_name(name: str) -> str:
+    """A model's name without the path on this machine: hub ids and plain names stay, a folder becomes its last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if os.path.exists(path) or path.is_absolute() or "\\" in name else name
+
+
+def kind_of(folder: Path) -> str:
+    """What a path is: `adapter`, `run`, `model`, `checkpoint`, `other` or `missing`."""
+    if not os.path.isdir(folder):  # Path.is_dir() raises for a name longer than a file's may be
+        return "missing"
+    if (folder / "adapter_config.json").is_file():
+        return "checkpoint" if (folder / "optimizer.safetensors").is_file() else "adapter"
+    if config := read_config(folder):
+        return "run" if "training" in config and "model_type" not in config else "model"
+    return "run" if any(folder.glob("checkpoint-*")) else "other"
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter that `path` names: an adapter or checkpoint itself, or the finished adapter of a run.
+
+    Raises `UsageError` that names what `path` is instead.
+    """
+    kind = kind_of(path)
+    if kind in ("adapter", "checkpoint"):
+        if (path / ADAPTER_WEIGHTS).is_file():
+            return path
+        raise UsageError(f"{path} is an adapter without {ADAPTER_WEIGHTS}; it was not copied completely.")
+    if kind == "run":
+        if kind_of(path / "adapter") == "adapter":
+            return adapter_folder(path / "adapter")
+        raise UsageError(f"{path} is a run that has not finished: run finetune.py again to go on.")
+    says = {
+        "model": "is a whole model, not an adapter",
+        "missing": "does not exist",
+        "other": "is neither an adapter nor the folder of a run",
+    }
+    advice = "Train one with finetune.py, or name the folder of a run (outputs/NAME) or an adapter."
+    raise UsageError(f"{path} {says[kind]}. {advice}")
+
+
+def run_settings(target: str | None, given: Path | None, overrides: list[str]) -> Config:
+    """The settings that `target` was trained with, changed by `overrides`; those of `given` or the default where none
+    lie beside it.
+
+    How it speaks and is exported was not learned: these two sections are those of `given` when a file is given.
+    """
+    folder = Path(target).expanduser().resolve() if target is not None else None
+    run = folder.parent if folder is not None and kind_of(folder) != "run" else folder
+    if run is None or kind_of(run) != "run" or not (run / "config.json").is_file():
+        return load_config(given or DEFAULT_CONFIG, overrides)
+    saved = load_config(run / "config.json", overrides)
+    if given is None:
+        return saved
+    chosen = load_config(given, overrides)
+    return saved.model_copy(update={"generation": chosen.generation, "export": chosen.export})
+
+
+def locate(config: Config, target: str | None, base_only: bool) -> tuple[Path, Path | None]:
+    """The folders of base (or merged) model and adapter that `target` means: a run, an adapter, a merged model, a base.
+
+    Without a target it is the adapter of the configured run; with `base_only` the adapter is left out.
+    """
+    path = Path(target if target is not None else config.training.output_dir).expanduser()
+    if target is not None and kind_of(path) in ("missing", "model", "other"):
+        return resolve_model(target), None
+    if base_only:
+        return resolve_model(config.model.name_or_path), None
+    adapter = adapter_folder(path)
+    return resolve_model(config.model.name_or_path), adapter
+
+
+def copy_tokenizer(base: Path, target: Path, chat_template: str) -> None:
+    """The base's tokenizer files byte for byte, and the chat template that was trained."""
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
+    template = target / "chat_template.jinja"
+    template.write_text(chat_template, encoding="utf-8", newline="\n")
+
+
+def write_adapter(run: Path, source: Path, base: Path, chat_template: str, card: PersonaCard, model_card: str) -> Path:
+    """`run/adapter` from the checkpoint `source`, weights byte for byte; it appears complete or not at all."""
+    staging, target = run / ".staging-adapter", run / "adapter"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
+        shutil.copyfile(source / name, staging / name)
+    copy_tokenizer(base, staging, chat_template)
+    write_json(staging / CARD, asdict(card))
+    (staging / "README.md").write_text(model_card, encoding="utf-8", newline="\n")
+    publish(staging, target)
+    return target
+
+
+def model_card(card: PersonaCard, title: str, facts: dict[str, Any], license_note: str, merged: bool = False) -> str:
+    """A model card in the hub's form: where the model comes from and what it was measured at, no line of the data."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    front = ["---", f"base_model: {json.dumps(card.base_name, ensure_ascii=False)}"]
+    front += [f"library_name: {'transformers' if merged else 'peft'}", "tags:", *([] if merged else ["- lora"])]
+    front += ["- persona", "---"]
+    what = (
+        f"A language model that speaks as a character or writes as an author: `{card.base_name}` with a LoRA adapter "
+        "merged into its weights."
+        if merged
+        else "A LoRA adapter that speaks as a character or writes as an author, trained on top of "
+        f"`{card.base_name}` with the persona toolkit."
+    )
+    return (
+        "\n".join(front) + f"\n\n# {title}\n\n{what}\n\n| | |\n|---|---|\n{rows}\n\n"
+        "Use it with the system prompt and the chat template that lie beside it: it was trained in that very context."
+        f"\n\n{license_note}\n\nWhat it writes is generated by a machine. Say so where you publish it, do not pass it "
+        "off as words of a living person, and make sure you may use the texts it was trained on.\n"
+    )
+
+
+def merged_name(adapter: Path) -> str:
+    """What `adapter` is called once merged: as its run, with the checkpoint's name behind it where it is one."""
+    folder = adapter.resolve()
+    if kind_of(folder) == "checkpoint":
+        return f"{folder.parent.name}-{folder.name}"
+    return folder.parent.name if folder.name == "adapter" and folder.parent.name else folder.name

@@ -1,0 +1,110 @@
+"""Model folders in Hugging Face form: whether one is complete, where its weights lie, and which weights they are."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from persona.errors import UsageError
+from persona.files import AGAIN, read_json_object
+
+_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of large files
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json in `folder`, or an empty dict."""
+    path = folder / "config.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def missing_parts(folder: Path) -> list[str]:
+    """What `folder` lacks to be a loadable model: names of files."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        missing.append("tokenizer.json")
+    files = weight_files(folder)
+    missing += [path.name for path in files if not path.is_file()] if files else ["model.safetensors"]
+    return missing
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model: those its index names, or else all but Mistral's second copy."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = read_json_object(index).get("weight_map")
+        names = set(map(str, places.values())) if isinstance(places, dict) else set()
+        if not names or not all(name.endswith(".safetensors") for name in names):
+            raise UsageError(f"{index}: expected weight_map, the safetensors file of every tensor. {AGAIN}")
+        return sorted(folder / name for name in names)
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+
+
+def check_model_folder(folder: Path) -> Path:
+    """`folder` when it holds a complete 16- or 32-bit model; otherwise `UsageError` says what it is instead."""
+    config = read_config(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{folder} is a LoRA adapter, not a model. Give the model it was trained on as model.name_or_path, "
+            "and the adapter to test_model.py or merge_lora_to_fp16.py."
+        )
+    if "training" in config and "model_type" not in config:
+        raise UsageError(f"{folder} is the folder of a training run, not a model; its adapter is {folder / 'adapter'}.")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UsageError(
+            f"{folder} is already quantized ({method}). Training and merging start from the 16-bit weights; "
+            "download the original model, it is held in 4 bits while training."
+        )
+    missing = missing_parts(folder)
+    if missing:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        pickles = any(folder.glob("pytorch_model*.bin"))
+        why = " Weights in pytorch_model.bin are pickles, which can run code; use safetensors." if pickles else ""
+        raise UsageError(f"{folder} is not a complete model: {', '.join(missing)} missing; found {found}.{why}")
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """A SHA-256 that names the weights in `folder`: names, types, shapes and the first 4 KiB of every tensor.
+
+    The same weights sharded otherwise have the same fingerprint; other weights of the same shape do not.
+    """
+    digest = hashlib.sha256()
+    for name, (path, start, info) in sorted(tensor_index(folder).items()):
+        begin, end = info["data_offsets"]
+        with path.open("rb") as file:
+            file.seek(start + begin)
+            head = file.read(min(end - begin, 4096))
+        digest.update(f"{name} {info['dtype']} {info['shape']} ".encode() + head)
+    return digest.hexdigest()
+
+
+def tensor_index(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
+    """Every tensor in the safetensors files of `folder`: its file, where the data section starts, and its header entry.
+
+    The header is that of the safetensors format: eight bytes of length, then JSON. Raises `UsageError` for other files.
+    """
+    tensors = {}
+    for path in weight_files(folder):
+        check_safetensors(path)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        tensors |= {name: (path, 8 + size, info) for name, info in header.items()}
+    return tensors
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise `UsageError` when `path` is no whole safetensors file; its header is read, not its tensors."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+        if start == _POINTER:
+            raise UsageError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`, or download the file.")
+        with safe_open(path, "np"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} is cut short or damaged ({error}). {AGAIN}") from None

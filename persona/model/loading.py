@@ -1,0 +1,281 @@
+"""Tokenizer, base model in 4 or 16 bits, and adapter: the one border where names of transformers, PEFT and
+bitsandbytes are used."""
+
+import ctypes
+import difflib
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from persona.config import Lora, Quantization
+from persona.errors import EnvironmentFault, OutOfMemory, UsageError
+from persona.model.render import BUILTIN_TEMPLATE, freeze_date
+
+# PEFT 0.21 reads a property that transformers 5.23 deprecates
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Strings on which transformers has loaded a tokenizer otherwise than its own file says (transformers #45488)
+_PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "don't 3.14 é 你好，世界。", "\ttab (x)")
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turn a device's lack of memory inside into `OutOfMemory` with `advice`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch on the CPU has no type for it
+            raise
+        reason = (str(error).splitlines() or ["no memory left"])[0]
+        raise OutOfMemory(f"The memory is full ({reason}). {advice}") from None
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device for `model.device`; raises `EnvironmentFault` when CUDA is demanded and absent."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none: a CPU build)'}"
+        raise EnvironmentFault(
+            f"model.device is cuda, but no usable CUDA card was found; {build}. Check `nvidia-smi`, install a CUDA "
+            'build of torch (https://pytorch.org/get-started/locally), or set model.device to "auto".'
+        )
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(setting: str, device: torch.device) -> str:
+    """`bf16`, `fp16` or `fp32` for `training.precision` on `device`."""
+    if setting == "fp16" and device.type == "cpu":
+        raise UsageError('training.precision: fp16 needs a CUDA card; use "auto", "bf16" or "fp32" on the CPU.')
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
+    """The tokenizer in `folder` with the chat template that is trained and spoken, dates in it fixed to `day`.
+
+    Raises `UsageError` when the folder's tokenizer cannot be loaded exactly.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"The tokenizer in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    _check_tokenizer(tokenizer, folder)
+    if chat_template is not None:
+        path = Path(chat_template)
+        if not path.is_file():
+            raise UsageError(f"model.chat_template: {path} does not exist; null takes the model's own template.")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"model.chat_template: {path} is not UTF-8 text.") from None
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if not tokenizer.chat_template:
+        if not tokenizer.eos_token:
+            raise UsageError(f"The tokenizer in {folder} has neither a chat template nor an end token; it cannot chat.")
+        tokenizer.chat_template = BUILTIN_TEMPLATE
+    tokenizer.chat_template = freeze_date(tokenizer.chat_template, day)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    raw = Tokenizer.from_file(str(path))
+    for text in _PROBES:
+        expected = raw.encode(text, add_special_tokens=False).ids
+        found = tokenizer.encode(text, add_special_tokens=False)
+        if found != expected:
+            raise UsageError(
+                f"transformers loads the tokenizer in {folder} wrongly: {text!r} becomes {found}, but its own file "
+                f"tokenizer.json says {expected}. Training with it would teach garbage."
+            )
+
+
+def quantization_config(quantization: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' form of our settings; each is given, since its defaults are fp4 without double quantization."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def load_base(folder: Path, quantization: Quantization, precision: str, device: torch.device) -> Any:
+    """The frozen base model on `device`, in 4 bits or in the run's precision."""
+    dtype = DTYPES[precision]
+    options: dict[str, Any] = {"quantization_config": quantization_config(quantization, dtype)}
+    load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
+    try:
+        model, found = load(
+            folder,
+            dtype=dtype,
+            device_map={"": str(device)},
+            trust_remote_code=False,
+            output_loading_info=True,
+            **(options if quantization.load_in_4bit else {}),
+        )
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"The base model cannot be held in 4 bits here: {error}. Install the pinned requirements, or set "
+            "quantization.load_in_4bit to false."
+        ) from None
+    except (ValueError, KeyError, SafetensorError) as error:
+        remote = " It needs code of its own to load, which this toolkit never runs." if "remote" in str(error) else ""
+        raise UsageError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}.{remote}") from None
+    # transformers fills what the files lack with random numbers and only logs it
+    if lacking := sorted(found["missing_keys"]) or sorted(str(key[0]) for key in found["mismatched_keys"]):
+        raise UsageError(
+            f"{folder} lacks {len(lacking)} tensors of a {model.config.model_type} model, or has them in other shapes, "
+            f"such as {lacking[0]}. Copy or download it again completely."
+        )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    keep_gradients_in_4bit(model)
+    return model
+
+
+def keep_gradients_in_4bit(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights during an evaluation.
+
+    On CPUs with avx512_bf16 a forward in evaluation mode repacks them for a kernel without a backward, and the layers'
+    gradients stay lost when training goes on (bitsandbytes 0.50.2, nn/modules.py).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - bitsandbytes' layers are not typed
+
+
+def linear_names(model: Any) -> list[str]:
+    """The last parts of the names of the model's linear layers, the output layer left out, in order of appearance."""
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]: None for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
+    }
+    if not names:  # GPT-2 has its own Conv1D in their place
+        names = {n.rpartition(".")[2]: None for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+    return list(names)
+
+
+def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
+    """`model` with a fresh LoRA adapter in float32, which will say that it was trained on `base_name`.
+
+    Raises `UsageError` for a target that no layer has.
+    """
+    targets = lora.target_modules
+    if targets != "all-linear":
+        known = linear_names(model)
+        wrong = [name for name in targets if name not in known]
+        if wrong:
+            close = difflib.get_close_matches(wrong[0], known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UsageError(
+                f"lora.target_modules: this model has no linear layer {', '.join(map(repr, wrong))}.{hint} "
+                f"It has {', '.join(known)}."
+            )
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    adapted: Any = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    return adapted
+
+
+def load_adapter(model: Any, folder: Path) -> PeftModel:
+    """`model` with the adapter in `folder` (safetensors only), ready to speak."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UsageError(
+            f"{folder} holds no adapter_model.safetensors; adapters in .bin are pickles and are not loaded."
+        )
+    return PeftModel.from_pretrained(model, folder, is_trainable=False, local_files_only=True)  # pyright: ignore
+
+
+def stop_ids(model: Any, end_id: int, tokenizer: Any) -> list[int]:
+    """Every id that ends a reply: the template's, the tokenizer's and the ones the model names itself."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [end_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return sorted({i for i in ids if i is not None})
+
+
+# --- sharding ---------------------------------------------------------------------------------------------------------
+# A base model shared out over the devices: each keeps a part of every layer and gets the rest when it is needed.
+#
+# Only the frozen base is sharded. The adapter, its gradients and its optimizer stay whole in every process, so that the
+# update, the checkpoints and the finished adapter are the same as without.
+
+
+def shard_base(model: Any, device: torch.device, count: int) -> None:
+    """Leave on `device` one of `count` parts of every weight in the layers and the embedding of an adapted `model`.
+
+    The output layer, and an embedding that is tied to it, stay whole. Raises `UsageError` for an unknown architecture.
+    """
+    base = model.get_base_model()
+    layers = max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=_weights, default=None)
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    if layers is None or decoder is None or decoder is base:
+        raise UsageError(f"FSDP cannot share out a {base.config.model_type} model; train it without.")
+    whole = {weight for weight in model.parameters() if weight.requires_grad} | set(head.parameters())
+    for weight in whole:
+        weight.data = weight.data.to(device)
+    mesh = init_device_mesh(device.type, (count,))
+    # Given up after every pass, the embedding too: what stays gathered, process 0 would give up alone when it saves
+    for module in (*layers, decoder):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+# How much memory the process has taken, and giving back what it no longer needs.
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far in GiB: of the device on CUDA, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def return_free_memory(device: torch.device) -> None:
+    """Give what is free in the heap of the C library back to the system, where that is glibc and `device` the CPU.
+
+    Packs differ in length, so that what one leaves free does not fit the next: the peak of the sample persona's run was
+    3.2 GiB without even packs and this, and is 2.2 with them. On CUDA torch reuses memory itself.
+    """
+    if device.type == "cpu" and sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)

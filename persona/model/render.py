@@ -1,0 +1,299 @@
+"""Conversation -> examples in token ids: the one place that decides what the model learns and what chat feeds it.
+
+A reply is learned in exactly the context in which it will be spoken: the prompt is the chat template applied to the
+messages before it, with the generation prompt, and the reply is what the template would write there up to the token
+that ends the turn. Rendering the whole conversation and masking it instead trains on contexts that never occur in chat:
+many templates move the system prompt, rewrite earlier turns, or lack in training text what the generation prompt adds.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from persona.errors import DataError, UsageError
+from persona.model.tokens import Encoder
+
+Message = dict[str, str]
+
+# For a base model without a template of its own
+BUILTIN_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### User:\\n' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ '### Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+# Switches by which templates leave out the thinking block; a template ignores the ones it does not know.
+NO_THINKING = {"enable_thinking": False, "thinking": False}
+_SYSTEM, _QUESTION, _REPLY, _SECOND = "Zsystemz Ztextz", "Zquestionz Zonez", "Zreplyz Ztextz", "Zquestionz Ztwoz"
+_OPEN_THOUGHT = re.compile(r"<([a-z:_]*think[a-z]*)>(?!.*</\1>)", re.DOTALL)
+_ASKED: tuple[Message, ...] = ({"role": "user", "content": _QUESTION},)
+_TALK: tuple[Message, ...] = (
+    {"role": "system", "content": _SYSTEM},
+    *_ASKED,
+    {"role": "assistant", "content": _REPLY},
+    {"role": "user", "content": _SECOND},
+)
+# What a template that cannot render a conversation raises
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# transformers marks the control tokens that people typed with such characters, and drops them from their texts
+_PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class Untrainable(DataError):
+    """One conversation that cannot be learned as it is, with the reason."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One reply in its chat context; `reply_ids` ends with the token that ends the turn; all of it is supervised."""
+
+    prompt_ids: tuple[int, ...]
+    reply_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a model's chat template treats a conversation, found by probing it once."""
+
+    tokenizer: Any
+    encoder: Encoder
+    fold_system: bool
+    """The template has no system role; the system text goes in front of the first user message."""
+    opening: str
+    """Text written after the generation prompt so that the reply follows at once, such as an empty thinking block."""
+    lead: str
+    """White space that the template writes before a reply."""
+    frame: tuple[str, str]
+    """What the template writes before and after the reply to one question; tells what it strips from a reply."""
+    end_text: str
+    """What the template writes after a last reply, up to and including the token that ends the turn."""
+    end_id: int
+    tail: str
+    """End of every prompt, the context in which a reply is tokenized."""
+    control: frozenset[str]
+    """Tokens that steer the model; text of people is never encoded to them."""
+    typed: re.Pattern[str]
+    """Finds the tokens of `control`."""
+    notes: tuple[str, ...]
+    """What a person should know about this template, one sentence each."""
+
+
+def freeze_date(template: str, day: date) -> str:
+    """`template` with calls of `strftime_now` replaced by `day`, so that training, chat and export agree."""
+    return _NOW.sub(lambda match: repr(day.strftime(match[2])), template)
+
+
+def chat_format(tokenizer: Any) -> ChatFormat:
+    """Probe `tokenizer`'s chat template; raises `UsageError` with the reason when replies cannot be trained exactly."""
+    notes = []
+    fold_system = not _has_system_role(tokenizer)
+    if fold_system:
+        notes.append("the template has no system role: the system prompt goes in front of the first user message")
+    elif injected := _injected_system(tokenizer):
+        notes.append(f"without a system prompt the template writes its own: {injected!r}")
+    _check_history(tokenizer)
+    before, _, after = _apply(tokenizer, [*_ASKED, _said(_REPLY)], False).rpartition(_REPLY)
+    lead, opening, tail = _reply_opening(tokenizer, before, notes)
+    end_text, end_id = _reply_end(tokenizer, after, notes)
+    control = _control_tokens(tokenizer, opening)
+    tokenizer.chat_control_tokens = sorted(control)  # what sanitize_control_tokens goes by
+    typed = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
+    encoder = Encoder(tokenizer, _apply(tokenizer, _folded(_TALK, fold_system), True) + opening)
+    ends, guards, frame = (end_text, end_id), (control, typed), (before, after)
+    return ChatFormat(tokenizer, encoder, fold_system, opening, lead, frame, *ends, tail, *guards, tuple(notes))
+
+
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _control_tokens(tokenizer: Any, opening: str) -> frozenset[str]:
+    # Special tokens, and added ones that are written around people's text, except white space (Gemma has "\n\n" among
+    # its added tokens)
+    written = tokenizer.chat_template + opening
+    return frozenset(
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or (token.content in written and not token.content.isspace())
+    )
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    """The template's text; raises `UsageError` with the template's own words when it refuses."""
+    try:
+        return _text(tokenizer, messages, generation_prompt)
+    except _REFUSALS as error:
+        roles = " ".join(message["role"] for message in messages)
+        raise UsageError(f"The chat template refuses a conversation of {roles}: {error}") from None
+
+
+def _text(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **NO_THINKING
+    )
+
+
+def _has_system_role(tokenizer: Any) -> bool:
+    try:
+        return all(_SYSTEM in _apply(tokenizer, _TALK[:end], True) for end in (2, 4))
+    except UsageError:
+        return False
+
+
+def _injected_system(tokenizer: Any) -> str | None:
+    with_system = _apply(tokenizer, [{"role": "system", "content": _SYSTEM}, *_ASKED], True)
+    without = _apply(tokenizer, _ASKED, True)
+    head = with_system.partition(_SYSTEM)[0]
+    tail_of_system = with_system.partition(_SYSTEM)[2].partition(_QUESTION)[0]
+    body, found, _ = without.removeprefix(head).partition(tail_of_system)
+    return body.strip() if without.startswith(head) and found and body.strip() and _QUESTION not in body else None
+
+
+def _check_history(tokenizer: Any) -> None:
+    texts = [f"Z{kind}z Z{number}z" for number in range(8) for kind in ("question", "reply")][:-1]
+    conversation = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    _apply(tokenizer, _ASKED, True)  # so that a refusal names the shortest conversation that is refused
+    prompt = _apply(tokenizer, conversation, True)
+    if any(text not in prompt for text in texts):
+        raise UsageError("The chat template drops messages of the conversation; replies cannot be trained with it.")
+
+
+def _reply_opening(tokenizer: Any, before: str, notes: list[str]) -> tuple[str, str, str]:
+    """What stands between a prompt and its reply: white space, other text, and the end of the whole prompt."""
+    prompt = _apply(tokenizer, _ASKED, True)
+    between = before[len(prompt) :] if before.startswith(prompt) else ""
+    lead, opening = ("", between) if between.strip() else (between, "")
+    generation = prompt.rpartition(_QUESTION)[2]
+    if not opening and (thought := _OPEN_THOUGHT.search(generation)):
+        opening = ("" if generation.endswith("\n") else "\n") + f"\n</{thought[1]}>\n\n"
+        notes.append(f"the template opens a <{thought[1]}> block that cannot be switched off: an empty one is written")
+    elif opening:
+        notes.append(f"the reply is opened with {opening!r}, as the template writes it before a reply")
+    return lead, opening, generation + opening
+
+
+def _reply_end(tokenizer: Any, after: str, notes: list[str]) -> tuple[str, int]:
+    """The text that ends a reply, and the id of the token that ends the turn."""
+    tokens = [token for token in tokenizer.added_tokens_encoder if not token.isspace()]
+    ends = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    match = re.match(rf"\s*({ends})", after) if ends else None
+    if match:
+        end_text, end = match[0], match[1]
+    elif not after.strip() and tokenizer.eos_token:
+        end_text = end = tokenizer.eos_token
+        notes.append(f"the template writes nothing that ends a reply: {end!r} is added")
+    else:
+        raise UsageError(
+            f"The chat template ends a reply with {after[:40]!r}, which is no end token of this tokenizer: the model "
+            "could never stop. Template and tokenizer do not belong together; check model.chat_template."
+        )
+    ids = tokenizer.encode(end, add_special_tokens=False)
+    if len(ids) != 1:
+        raise UsageError(f"The end token {end!r} is not one token of this tokenizer but {len(ids)}.")
+    return end_text, ids[0]
+
+
+def _folded(messages: Sequence[Message], fold_system: bool) -> list[Message]:
+    if not fold_system or not messages or messages[0]["role"] != "system":
+        return list(messages)
+    system, first, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def _is_marked(text: str, fmt: ChatFormat) -> bool:
+    """Whether transformers would mark something in `text`, so that it is not encoded as it stands."""
+    return fmt.typed.search(text) is not None or not (text.isascii() or _PRIVATE_USE.search(text) is None)
+
+
+def prompt_text(messages: Sequence[Message], fmt: ChatFormat) -> str:
+    """The text that chat feeds the model before it replies to `messages`; raises `UsageError` where it is refused."""
+    return _apply(fmt.tokenizer, _folded(messages, fmt.fold_system), True) + fmt.opening
+
+
+def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
+    """The ids that chat feeds the model before it replies to `messages`, which end with a user turn.
+
+    Control tokens in the messages' own text are encoded as plain text, never as control ids.
+    """
+    folded = _folded(messages, fmt.fold_system)
+    try:
+        if any(_is_marked(text, fmt) for message in folded for text in message.values()):
+            ids = fmt.tokenizer.apply_chat_template(
+                folded, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, **NO_THINKING
+            )
+        else:
+            ids = fmt.encoder.encode(_text(fmt.tokenizer, folded, True))
+    except _REFUSALS as error:
+        roles = " ".join(message["role"] for message in messages)
+        raise Untrainable(f"the chat template refuses a conversation of {roles}: {error}") from None
+    return ids + fmt.encoder.encode_behind(fmt.tail.removesuffix(fmt.opening), fmt.opening) if fmt.opening else ids
+
+
+def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:
+    """The ids of `reply` as the template writes it, ending with the token that ends the turn.
+
+    Raises `Untrainable` when the tokenizer cannot write the reply back exactly.
+    """
+    text = fmt.lead + as_written(reply, fmt)
+    if fmt.typed.search(text) and (found := [token for token in fmt.control if token in text]):
+        raise Untrainable(f"the reply contains the model's control token {found[0]!r}; take it out of the text")
+    ids = fmt.encoder.encode_behind(fmt.tail, text)
+    written = fmt.encoder.decode_behind(fmt.tail, ids)
+    if written not in (text, unicodedata.normalize("NFC", text)):  # Qwen's tokenizers fold to NFC
+        place = next((i for i, (a, b) in enumerate(zip(written, text, strict=False)) if a != b), len(written))
+        raise Untrainable(
+            f"the tokenizer cannot write this reply back: at character {place + 1} {text[place : place + 20]!r} "
+            f"becomes {written[place : place + 20]!r}"
+        )
+    return [*ids, *fmt.encoder.encode(fmt.end_text)[:-1], fmt.end_id]
+
+
+def as_written(reply: str, fmt: ChatFormat) -> str:
+    """`reply` without the white space that the template strips from its ends."""
+    if reply == reply.strip():
+        return reply
+    text = _apply(fmt.tokenizer, [*_ASKED, _said(reply)], False)
+    return text.removeprefix(fmt.frame[0]).removesuffix(fmt.frame[1])
+
+
+def fit(messages: Sequence[Message], fmt: ChatFormat, limit: int) -> tuple[list[int], int]:
+    """The prompt for `messages` in at most `limit` tokens, and how many of the oldest exchanges were dropped for it.
+
+    Whole exchanges go, never the system prompt and never the last user turn; raises `Untrainable` when those alone are
+    too long.
+    """
+    start = 1 if messages[0]["role"] == "system" else 0
+    ids: list[int] = []
+    for dropped in range(0, len(messages) - start, 2):
+        ids = prompt_ids([*messages[:start], *messages[start + dropped :]], fmt)
+        if len(ids) <= limit:
+            return ids, dropped // 2
+    raise Untrainable(f"system prompt and last message alone take {len(ids)} tokens, over the limit of {limit}")
+
+
+def prompt_room(max_length: int) -> int:
+    """Tokens that a prompt may have, in training and in chat alike; the rest of `max_length` is for the reply."""
+    return max_length * 3 // 4
+
+
+def render(messages: Sequence[Message], fmt: ChatFormat, max_length: int) -> list[Example]:
+    """One example for each assistant reply in `messages`, in order; raises `Untrainable` with the reason."""
+    examples = []
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        reply = reply_ids(message["content"], fmt)
+        prompt, _ = fit(messages[:position], fmt, prompt_room(max_length))
+        if len(prompt) + len(reply) > max_length:
+            raise Untrainable(
+                f"a reply of {len(reply)} tokens behind {len(prompt)} of context does not fit into data.max_length "
+                f"{max_length}"
+            )
+        examples.append(Example(tuple(prompt), tuple(reply)))
+    return examples

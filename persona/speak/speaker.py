@@ -1,0 +1,119 @@
+"""Messages in, reply out: the tuned model speaking, with the prompts it was trained on."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from persona.config import Config, Generation
+from persona.model.adapters import PersonaCard, check_base, read_card
+from persona.model.loading import choose_device, choose_precision, load_adapter, load_base, load_tokenizer, stop_ids
+from persona.model.render import ChatFormat, Message, chat_format, fit, prompt_room
+
+
+class _Streamer(BaseStreamer):
+    """Hands over the text of new tokens as soon as it is certain, whole characters only."""
+
+    def __init__(self, speaker: "Speaker", write: Callable[[str], None]) -> None:
+        self.speaker, self.write = speaker, write
+        self.ids: list[int] = []
+        self.shown = ""
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        self.ids += value.flatten().tolist()
+        text = self.speaker.text_of(self.ids)
+        # a character of several tokens decodes to U+FFFD until its last one has come
+        if not text.endswith("\ufffd"):
+            self._show(text)
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown):
+            self.write(text[len(self.shown) :])
+            self.shown = text
+
+    def end(self) -> None:
+        self._show(self.speaker.text_of(self.ids))
+
+
+def text_of(ids: Sequence[int], fmt: ChatFormat) -> str:
+    """A reply's text: no control tokens, and without the space that a template writes before a reply."""
+    text = fmt.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.removeprefix(fmt.lead) if fmt.lead else text
+
+
+@dataclass
+class Speaker:
+    """A model ready to reply."""
+
+    model: Any
+    fmt: ChatFormat
+    generation: Generation
+    max_length: int
+    """`data.max_length`; older exchanges are dropped from a prompt to fit, as in training."""
+    card: PersonaCard | None
+    kind: str
+    """`adapter`, `model` (merged) or `base`."""
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of a reply."""
+        return text_of(ids, self.fmt)
+
+    def reply(self, messages: Sequence[Message], write: Callable[[str], None], adapter: bool = True) -> str:
+        """Say what comes after `messages`, handing each piece of text to `write`; Ctrl-C ends the reply where it is.
+
+        Raises `Untrainable` when system prompt and last message alone are too long.
+        """
+        prompt, _ = fit(messages, self.fmt, prompt_room(self.max_length))
+        streamer = _Streamer(self, write)
+        plain = isinstance(self.model, PeftModel) and not adapter
+        with self.model.disable_adapter() if plain else nullcontext(), torch.no_grad():
+            try:
+                self._generate(prompt, streamer)
+            except KeyboardInterrupt:
+                write(" [stopped]")
+        return self.text_of(streamer.ids)
+
+    def _generate(self, prompt: Sequence[int], streamer: _Streamer) -> None:
+        settings = self.generation
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        stops = stop_ids(self.model, self.fmt.end_id, self.fmt.tokenizer)
+        config = GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.temperature > 0,
+            repetition_penalty=settings.repetition_penalty,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+            use_cache=True,
+            **(sampling if settings.temperature > 0 else {}),
+        )
+        ids = torch.tensor([prompt], device=self.model.device)
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer)
+
+
+def load_speaker(config: Config, base: Path, adapter: Path | None, in_4bit: bool) -> Speaker:
+    """The model in `base`, with `adapter` on top when there is one, held in 4 bits or in the run's precision."""
+    card = check_base(adapter, base) if adapter is not None else read_card(base)
+    device = choose_device(config.model.device)
+    precision = choose_precision(config.training.precision, device)
+    day = date.fromisoformat(card.date) if card is not None else date.today()
+    tokenizer = load_tokenizer(base, config.model.chat_template, day)
+    template = (adapter or base) / "chat_template.jinja"
+    if template.is_file() and (adapter is not None or card is not None):  # as trained, dates fixed
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    quantization = config.quantization.model_copy(update={"load_in_4bit": in_4bit})
+    model = load_base(base, quantization, precision, device)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    kind = "adapter" if adapter is not None else "model" if card is not None else "base"
+    return Speaker(model.eval(), chat_format(tokenizer), config.generation, config.data.max_length, card, kind)

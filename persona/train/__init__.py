@@ -1,0 +1,1 @@
+"""One run: the loop, checkpoints, the folder a run leaves, its history, curves and verdict."""

@@ -1,0 +1,313 @@
+"""Who may be given prefix trees, and the trial before the first update: what it finds, and that it leaves no trace."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from making import runs
+from making.packs import attended, cases, with_adapter
+from making.tiny import family, model, save_model
+
+from persona.config import Lora, Quantization
+from persona.engine import fused, packing
+from persona.engine import loss as loss_module
+from persona.engine.attention import NAME, tree_attention
+from persona.engine.trial import difference, prepare_layout, trial_examples, why_not
+from persona.model.loading import add_adapter, load_base
+from persona.train.run import finetune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SLIDES = ["full_attention", "sliding_attention"]
+
+
+def device(precision):
+    """As much of accelerate as the trial asks for; a process can have its real one in one precision only."""
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
+    return SimpleNamespace(device=torch.device("cpu"), autocast=autocast)
+
+
+@pytest.fixture
+def accelerator():
+    return device("fp32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest", "reason"),
+    [
+        ({"model_type": "llama"}, 10**6, None),
+        ({"model_type": "qwen3", "sliding_window": None}, 10**6, None),
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096, None),
+        ({"model_type": "mistral", "sliding_window": 4096}, 4097, "only 4096 tokens"),
+        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": ["full_attention"]}, 4096, None),
+        ({"model_type": "qwen2", "sliding_window": 64, "layer_types": SLIDES}, 65, "only 64 tokens"),
+        ({"model_type": "gemma3_text", "sliding_window": 512, "layer_types": SLIDES}, 1536, "only 512 tokens"),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, 16, "linear_attention"),
+        ({"model_type": "mamba2"}, 16, "state"),
+        ({"model_type": "opt"}, 16, "learned"),
+        ({"model_type": "bloom"}, 16, "ALiBi"),
+        ({"model_type": "unheard_of"}, 16, "not among"),
+        ({"model_type": "llama", "attention_dropout": 0.1}, 16, "at random"),
+        ({"model_type": "llama", "_attn_implementation": "eager"}, 16, "eager"),
+        ({"model_type": "mistral", "sliding_window": 64, "layer_types": ["full_attention"]}, 65, "only 64 tokens"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "longrope"}}, 16, "longrope"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "default"}}, 16, None),
+    ],
+)  # fmt: skip
+def test_who_may_share(settings, longest, reason):
+    found = why_not(SimpleNamespace(**{"_attn_implementation": "sdpa"} | settings), longest)
+    assert found is None if reason is None else reason in found
+
+
+def trace(tuned):
+    """Everything that a trial could leave behind."""
+    weights = [weight.detach().clone() for weight in tuned.parameters()]
+    grads = [weight.grad for weight in tuned.parameters()]
+    return [*weights, torch.get_rng_state()], grads, tuned.training
+
+
+def test_the_trial_finds_nothing_in_a_right_layout_and_leaves_no_trace(accelerator):
+    tuned = add_adapter(model("qwen2"), Lora(r=4, lora_dropout=0.3), seed=0, base_name="tiny").train()
+    before = trace(tuned)
+    assert prepare_layout(tuned, cases()["history kept"], 300, accelerator) is None
+    after = trace(tuned)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert after[1:] == before[1:]
+
+
+def test_functional_dropout_is_off_in_the_trial(accelerator):
+    tuned = with_adapter(model("opt", dropout=0.5, attention_dropout=0.5))
+    state = torch.get_rng_state()
+    assert "learned" in prepare_layout(tuned, cases()["history kept"], 300, accelerator)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert any("forward" in vars(module) for module in tuned.modules())
+
+
+@pytest.mark.parametrize("case", cases())
+def test_the_trial_always_has_branches(case):
+    made = trial_examples(cases()[case][:1])
+    packed = packing.pack(packing.plan_packs(made, 10**6, True)[0], torch.device("cpu"), True, 64)
+    tokens = sum(len(packing.inputs(example)) for example in made)
+    assert len({packing.inputs(example) for example in made}) == 3
+    assert packed.input_ids.numel() < tokens
+    if tokens > 200:
+        assert len(packed.tree) > 1
+
+
+def sees_its_sisters(group, device, right=packing._block):
+    block = right(group, device)
+    rows, columns = block.bias.shape
+    return replace(block, bias=torch.full((rows, columns), float("-inf")).triu(columns - rows + 1))
+
+
+def sees_too_little(group, device, right=packing._block):
+    block = right(group, device)
+    return block if block.begin == 0 else replace(block, sources=[(1, 9), *block.sources[1:]])
+
+
+@pytest.mark.parametrize("wrong", [sees_its_sisters, sees_too_little])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trial_finds_a_wrong_tree(wrong, precision, monkeypatch):
+    accelerator = device(precision)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    tuned = with_adapter(model("llama").to(dtype))
+    examples = cases()["history kept"]
+    assert prepare_layout(tuned, examples, 300, accelerator) is None
+    monkeypatch.setattr(packing, "_block", wrong)
+    assert "in a trial before the first update the" in prepare_layout(tuned, examples, 300, accelerator)
+    assert tuned.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in tuned.modules())
+
+
+def test_the_trial_finds_a_wrong_gradient(accelerator, monkeypatch):
+    tuned = with_adapter(model("llama"))
+    right = fused._Norm.backward
+
+    def wrong(ctx, *grads):
+        grad, *rest = right(ctx, *grads)
+        return (grad * 1.1, *rest)
+
+    monkeypatch.setattr(fused._Norm, "backward", staticmethod(wrong))
+    tuned.get_base_model().set_attn_implementation(NAME)
+    for share in (False, True):
+        assert "gradient" in difference(tuned, trial_examples(cases()["all the same"]), accelerator, share)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "gemma2", "gemma3_text"])
+def test_the_others_train_in_rows_and_say_why(architecture, tmp_path):
+    folder = save_model(tmp_path / architecture, architecture, family("chatml_default"))
+    said = []
+    config = runs.config(tmp_path, folder, training={"num_train_epochs": 1}, lora={"lora_dropout": 0.0})
+    finetune(config, True, said.append)
+    assert "one example a row: its " in "\n".join(said)
+    losses = [line["train/loss"] for line in runs.metrics(tmp_path / "outputs" / "tiny") if "train/loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_that_fails_the_trial_goes_on_in_rows(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(packing, "_block", sees_its_sisters)
+    said = []
+    finetune(runs.config(tmp_path, tiny_model, training={"num_train_epochs": 1}), True, said.append)
+    assert "one example a row: in a trial before the first update the" in "\n".join(said)
+
+
+def test_large_scores_are_as_exact_as_in_scaled_dot_product_attention():
+    # like the biases of Qwen2: what all queries and all keys have in common makes scores of a hundred and more
+    chance = torch.Generator().manual_seed(0)
+    examples = cases()["history kept"]
+    packed = packing.pack(packing.plan_packs(examples, 10**6, True)[0], torch.device("cpu"), True, 64)
+    tokens = packed.input_ids.numel()
+    given = [torch.randn(tokens, heads, 16, generator=chance) + offset for heads, offset in ((4, 5), (2, 5), (2, 1))]
+    weights = torch.randn(tokens, 4, 16, generator=chance)
+    mask = attended(packed)
+
+    def error(attend, wanted=None):
+        inputs = [x.to(torch.bfloat16 if wanted else torch.float64).requires_grad_() for x in given]
+        if wanted is None:
+            inputs = [x.detach().bfloat16().double().requires_grad_() for x in inputs]
+        out = attend(*inputs)
+        out.backward(weights.to(out.dtype))
+        found = [out, *(x.grad for x in inputs)]
+        if wanted is None:
+            return found
+        return [float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+
+    def masked(query, key, value):
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)[0].transpose(0, 1)
+
+    right = error(masked)
+    of_mask = error(masked, right)
+    of_tree = error(lambda query, key, value: tree_attention(query, key, value, packed.tree, 0.25), right)
+    assert all(ours < 2 * theirs + 0.003 for ours, theirs in zip(of_tree, of_mask, strict=True)), (of_tree, of_mask)
+
+
+# --- fused layers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_fused_layers_compute_what_the_libraries_do(tmp_path, precision, bits, dropout):
+    folder = save_model(tmp_path / "qwen2", "qwen2", family("chatml_default"))
+    base = load_base(folder, Quantization(load_in_4bit=bits == 4), precision, torch.device("cpu"))
+    tuned = with_adapter(base)
+    for module in tuned.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
+    ids = torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    results = []
+    for put in (fused.unfuse, fused.fuse):
+        put(tuned)
+        tuned.zero_grad()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append((loss.item(), [w.grad.clone() for w in tuned.parameters() if w.requires_grad]))
+    rounding = 2e-6 if precision == "fp32" else 0.05
+    assert results[1][0] == pytest.approx(results[0][0], rel=rounding)
+    for right, found in zip(results[0][1], results[1][1], strict=True):
+        assert right.norm() > 0
+        assert (found - right).norm() <= 5 * rounding * right.norm()
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_all_of_a_known_model_is_fused(tmp_path, bits):
+    folder = save_model(tmp_path / "qwen3", "qwen3", family("chatml_default"))
+    tuned = with_adapter(load_base(folder, Quantization(load_in_4bit=bits == 4), "fp32", torch.device("cpu")))
+    fused.fuse(tuned)
+    kinds = Counter(vars(module)["forward"].func.__name__ for module in tuned.modules() if "forward" in vars(module))
+    # two layers of 7 linear ones and 4 norms (two of them on queries and keys), and the norm at the end
+    assert kinds == {"_adapted": 14, "_norm": 9, "_gated": 2}
+
+
+def test_a_norm_computed_in_parts_is_that_of_transformers(monkeypatch):
+    monkeypatch.setattr(fused, "ROWS", 7)
+    made = model("llama")
+    norm = made.model.norm
+    with torch.no_grad():
+        norm.weight.normal_()
+    norm.weight.requires_grad_(False)
+    x = torch.randn(2, 25, made.config.hidden_size)
+    results = []
+    for forward in (norm, lambda rows: fused._norm(norm, rows)):
+        rows = x.clone().requires_grad_()
+        out = forward(rows)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        results.append((out, rows.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    assert fused._norm(norm, x.bfloat16()).dtype == norm(x.bfloat16()).dtype == torch.float32
+
+
+def test_a_loss_made_in_parts_is_that_of_the_whole(monkeypatch):
+    hidden, weight = torch.randn(23, 16), torch.randn(50, 16)
+    targets = torch.randint(50, (23,))
+    rows = hidden.clone().requires_grad_()
+    F.cross_entropy(rows @ weight.T, targets, reduction="sum").backward()
+    monkeypatch.setattr(loss_module, "CHUNK", 50 * 10)
+    monkeypatch.setattr(loss_module, "PIECE", 50 * 3)
+    found = hidden.clone().requires_grad_()
+    total = loss_module._NegativeLogLikelihood.apply(found, weight, targets)
+    total.backward()
+    torch.testing.assert_close(found.grad, rows.grad, rtol=1e-5, atol=1e-6)
+    right = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    assert total.item() == pytest.approx(right.item(), rel=1e-6)
+
+
+def test_of_a_gated_layer_gate_and_up_are_kept_and_their_product_is_not():
+    tuned = with_adapter(model("llama"))
+    fused.fuse(tuned)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = tuned(input_ids=torch.arange(20)[None]).logits.sum()
+    wide = [tensor for tensor in kept if tensor.shape == (1, 20, tuned.config.intermediate_size)]
+    assert len({tensor.data_ptr() for tensor in wide}) == 2 * tuned.config.num_hidden_layers
+    loss.backward()
+
+
+def test_layers_with_more_to_them_keep_their_own_forward():
+    from peft import LoraConfig, get_peft_model
+
+    dora = get_peft_model(model("llama"), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
+    fused.fuse(dora)
+    adapted = [module for module in dora.modules() if hasattr(module, "lora_A")]
+    assert adapted
+    assert not any("forward" in vars(module) for module in adapted)
+
+
+def test_a_fused_model_obeys_a_switched_off_adapter():
+    tuned = with_adapter(model("llama"))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        right = tuned.get_base_model()(input_ids=ids).logits
+        with tuned.disable_adapter():
+            base = tuned(input_ids=ids).logits
+        fused.fuse(tuned)
+        assert torch.allclose(tuned(input_ids=ids).logits, right, atol=1e-5)
+        with tuned.disable_adapter():
+            assert torch.equal(tuned(input_ids=ids).logits, base)
+    assert not torch.allclose(base, right, atol=1e-3)
+
+
+def test_a_model_that_shares_still_generates(accelerator):
+    tuned = with_adapter(model("llama"))
+    ids = torch.arange(3, 30)[None]
+    tuned.eval()
+    right = tuned.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert prepare_layout(tuned, cases()["history kept"], 300, accelerator) is None
+    assert tuned.config._attn_implementation == NAME
+    tuned.eval()
+    found = tuned.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found.tolist() == right.tolist()
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)], 1)
+    left = tuned.generate(
+        input_ids=padded, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert left[:, 4:].tolist() == right.tolist()

@@ -1,0 +1,336 @@
+"""evaluate_model.py from the command line to its files, on a run of the tiny model."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from making.runs import config, conversations, write_jsonl
+
+from persona.config import dump_config
+from persona.errors import DataError, UsageError
+from persona.evaluate import command
+from persona.evaluate import loaded as measuring
+from persona.evaluate.perplexity import example_losses
+from persona.evaluate.predictions import read_predictions
+from persona.evaluate.results import read_evaluation
+from persona.evaluate.subject import read_controls, read_subject
+from persona.records import read_records
+from persona.train.run import finetune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def world(folder):
+    """Settings of which one question has its facts given."""
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Who is number {number}?"},
+                {"role": "assistant", "content": f"Aye, that is Captain Herring{number}."},
+            ],
+            "meta": {"type": "settings_qa", "keywords": [f"Herring{number}"]},
+        }
+        for number in range(6)
+    ]
+    return write_jsonl(folder / "settings.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, tiny_model):
+    """A folder with a finished run in outputs/tiny whose adapter knows its lines."""
+    folder = tmp_path_factory.mktemp("evaluate 评估")
+    data = {"settings_file": str(world(folder))}
+    made = config(
+        folder,
+        tiny_model,
+        train=10,
+        held_out=6,
+        data=data,
+        lora={"lora_dropout": 0, "r": 8, "lora_alpha": 16},
+        training={"num_train_epochs": 4},
+        generation={"max_new_tokens": 24, "temperature": 0.5},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finetune(made, True, lambda _: None)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch, home):
+    monkeypatch.chdir(home)
+
+
+RUN = "outputs/tiny"
+
+
+def subject_of(target=RUN, **options):
+    given = {"settings": None, "overrides": [], "data": None, "output": None} | options
+    return read_subject(target, **given)
+
+
+def lines():
+    said = []
+    return said, said.append
+
+
+def test_score_agrees_with_the_run(home):
+    said, report = lines()
+    command.run_score([subject_of()], [], False, report)
+    summary = json.loads((home / RUN / "run.json").read_text(encoding="utf-8"))["summary"]["held-out perplexity"]
+    base, tuned = summary.split(" ")[0], summary.split(" ")[2]
+    assert f"{base} (" in said[0]
+    assert f"{tuned} (" in said[0]
+
+
+def test_predictions_are_in_the_files_order_whatever_the_batch(home, tmp_path):
+    found = {}
+    for size in (1, 8):
+        command.run_predict(subject_of(output=tmp_path / str(size)), False, size, lambda _: None)
+        found[size] = [read_predictions(tmp_path / str(size) / f"predictions{side}.json") for side in ("", "_base")]
+    assert found[1] == found[8]
+    tuned, base = found[1]
+    records = read_records(home / "val.jsonl")
+    assert len(tuned) == len(base) == len(records) == 6
+    for one, other, record in zip(tuned, base, records, strict=True):
+        assert one.input == other.input == record.turns[-2]["content"]
+        assert one.target == other.target == record.turns[-1]["content"]
+    assert [one.predict for one in tuned] != [one.predict for one in base]
+
+
+def test_finished_replies_are_not_generated_again(home, tmp_path, monkeypatch):
+    command.run_predict(subject_of(output=tmp_path), False, 4, lambda _: None)
+    before = (tmp_path / "predictions.json").read_bytes()
+
+    def never(*_):
+        raise AssertionError("it generates again")
+
+    monkeypatch.setattr("persona.speak.batches.generate", never)
+    command.run_predict(subject_of(output=tmp_path), False, 2, lambda _: None)
+    assert (tmp_path / "predictions.json").read_bytes() == before
+
+
+def test_base_and_tuned_are_one_model_and_the_adapter_is_put_back(home):
+    loaded = measuring.load(subject_of(), False, 4, lambda _: lambda *_: None)
+    held_out = loaded.subject.held_out
+    first, second = (measuring.score(loaded, [held_out], lambda _: lambda *_: None)[0] for _ in range(2))
+    assert first == second
+    assert first.score.base.perplexity.value > 2 * first.score.tuned.perplexity.value
+
+
+def test_on_a_cpu_it_writes_in_float32_and_scores_as_it_was_trained(home):
+    subject = subject_of()
+    training = subject.config.training.model_copy(update={"precision": "bf16"})
+    subject = replace(subject, config=subject.config.model_copy(update={"training": training}))
+    assert measuring.load(subject, False, 2, lambda _: lambda *_: None).precision == "fp32"
+    assert measuring.load(subject, False, 2, lambda _: lambda *_: None, writes=False).precision == "bf16"
+
+
+def test_a_matrix_of_two_runs_has_its_lowest_figures_on_the_diagonal(home, tiny_model, tmp_path):
+    """Two runs on different lines; each expects its own held-out file best."""
+    other = tmp_path / "other"
+    other.mkdir()
+    records = conversations(16)
+    for record in records:
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                message["content"] = message["content"].upper()[::-1]
+    made = config(
+        other, tiny_model, lora={"lora_dropout": 0, "r": 8, "lora_alpha": 16}, training={"num_train_epochs": 4}
+    )
+    write_jsonl(other / "train.jsonl", records[:10])
+    write_jsonl(other / "val.jsonl", records[10:])
+    finetune(made, True, lambda _: None)
+    control = write_jsonl(tmp_path / "neutral.jsonl", conversations(3))
+    subjects = [subject_of(), subject_of(made.training.output_dir)]
+    found = measuring.matrix(subjects, read_controls([control]), False, lambda _: lambda *_: None)
+    assert found.models == ("tiny", "tiny", "base")
+    rows = found.perplexity
+    assert len(rows) == 3
+    assert min(rows[0]) == rows[0][0]
+    assert min(rows[1]) == rows[1][1]
+    assert found.own == ("tiny", "tiny", None)
+    said, report = lines()
+    command.run_score(subjects, [], False, report)
+    assert "2 of 2 held-out files" in said[0]
+
+
+def test_a_checkpoint_and_the_adapter_itself_are_measured_like_the_run(home):
+    whole = subject_of()
+    alone = subject_of(f"{RUN}/adapter")
+    checkpoint = subject_of(next(path.as_posix() for path in (home / RUN).glob("checkpoint-*")))
+    assert (whole.run, whole.output) == (alone.run, alone.output)
+    assert whole.run is not None
+    assert checkpoint.run is None
+    assert checkpoint.output.name.startswith("tiny-checkpoint")
+    assert whole.held_out.system == "You keep the lamp."
+
+
+def test_another_held_out_file_can_be_named(home, tmp_path):
+    path = write_jsonl(tmp_path / "其他.jsonl", conversations(2))
+    assert subject_of(data=path).held_out.path == path
+    with pytest.raises(DataError, match="does not exist"):
+        subject_of(data=tmp_path / "none.jsonl")
+
+
+def test_texts_of_another_tool_are_measured_without_a_model(home, tmp_path):
+    (home / "default.json").write_text(dump_config(config(tmp_path, tmp_path)), encoding="utf-8")
+    target = tmp_path / "theirs.txt"
+    records = read_records(home / "val.jsonl")
+    target.write_text("\n".join(record.turns[-1]["content"] for record in records), encoding="utf-8")
+    subject = subject_of(str(target), settings=home / "default.json", data=home / "val.jsonl")
+    assert subject.kind == "texts"
+    said, report = lines()
+    command.run_predict(subject, False, 8, report)
+    assert "100.0" in said[0]  # as many as the held-out conversations: they are replies to these
+    with pytest.raises(UsageError, match="has no perplexity"):
+        command.run_score([subject], [], False, report)
+
+
+def test_a_merged_model_of_another_persona_is_not_measured_by_mistake(home, tiny_model, tmp_path):
+    merged = shutil.copytree(tiny_model, tmp_path / "merged")
+    card = json.loads((home / RUN / "adapter" / "persona.json").read_text(encoding="utf-8"))
+    (merged / "persona.json").write_text(
+        json.dumps(card | {"system_prompt": "You are someone else."}), encoding="utf-8"
+    )
+    settings = home / RUN / "config.json"
+    with pytest.raises(UsageError, match="another system prompt"):
+        subject_of(str(merged), settings=settings)
+    subject = subject_of(str(merged), settings=settings, data=home / "val.jsonl")
+    assert (subject.kind, subject.held_out.system) == ("model", "You are someone else.")
+
+
+def test_training_data_that_is_gone_is_said(home, tmp_path):
+    shutil.copytree(home / RUN, tmp_path / "run")
+    values = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    values["data"]["train_file"] = str(tmp_path / "gone.jsonl")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    subject = subject_of(str(tmp_path / "run"))
+    assert any("gone.jsonl" in note for note in subject.notes)
+    assert len(subject.trained) == 6  # the settings are still there
+
+
+def test_the_report_holds_everything_and_every_part_agrees(home, tmp_path):
+    control = write_jsonl(tmp_path / "neutral.jsonl", conversations(6))
+    subject = subject_of(output=tmp_path / "report")
+    said, report = lines()
+    found = command.run_report(subject, read_controls([control]), False, 8, 3, report)
+    assert read_evaluation(tmp_path / "report") == found
+    assert (found.name, found.kind, found.language, found.seed) == ("tiny", "adapter", "en", 0)
+    assert [score.role for score in found.scores] == ["held_out", "control"]
+    tuned, base = (read_predictions(tmp_path / "report" / f"predictions{side}.json") for side in ("", "_base"))
+    assert [one.said.tuned for one in found.exchanges] == [one.predict for one in tuned]
+    assert [one.said.base for one in found.exchanges] == [one.predict for one in base]
+    assert found.replies.tuned.count == found.replies.base.count == 6
+    assert len(found.recall.questions) == 3
+    assert found.recall.facts_given
+    assert all(one.trained for one in found.recall.questions)
+    assert found.copying.tuned.share >= found.copying.base.share
+    assert {finding.code for finding in found.verdict} & {"best", "not_learned"}
+    assert found.curve.held_out[0][0] == 0
+    assert found.curve.best == found.curve.held_out[-1][0]
+    assert found.settings["data"]["max_length"] == 256
+    assert [one.file for one in found.data] == ["train.jsonl", "settings.jsonl", "val.jsonl"]
+    assert {"base", "adapter", "val.jsonl"} <= found.hashes.keys()
+    assert "sacrebleu" in found.versions
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert f"{found.scores[0].score.tuned.perplexity.value:.2f}"[:3] in page
+    again = command.run_report(subject, read_controls([control]), False, 2, 3, report)
+    assert again == found  # of the finished replies, that is; another batch size is another test
+
+
+def test_texts_are_reported_with_and_without_a_base(home, tmp_path):
+    target, base = tmp_path / "theirs.txt", tmp_path / "before.txt"
+    target.write_text("\n".join(f"Aye, I keep the lamp. Mind the tide, {i}." for i in range(40)), encoding="utf-8")
+    base.write_text("\n".join(f"Hello, how can I help you on day {i}?" for i in range(40)), encoding="utf-8")
+    author = write_jsonl(tmp_path / "author.jsonl", conversations(40))
+    options = {"settings": home / RUN / "config.json", "data": author, "output": tmp_path / "out"}
+    alone = command.run_report(subject_of(str(target), **options), [], False, 8, None, lambda _: None)
+    assert (alone.kind, alone.scores, alone.recall, alone.curve, alone.style.headline) == (
+        "texts",
+        (),
+        None,
+        None,
+        None,
+    )
+    assert alone.replies.base is None
+    assert len(alone.style.distances) > 3
+    both = command.run_report(subject_of(str(target), base_texts=base, **options), [], False, 8, None, lambda _: None)
+    assert both.style.headline.value > 0.3
+    assert both.style.headline.low is not None
+    assert both.replies.base.chrf < both.replies.tuned.chrf
+    pairs = [(one.distance.tuned, one.distance.base) for one in both.style.distances]
+    assert sum(tuned < base for tuned, base in pairs) > len(pairs) / 2
+
+
+def script(monkeypatch, *words):
+    """The exit code of evaluate_model.py."""
+    import evaluate_model
+    from persona.console import run_script
+
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        run_script(evaluate_model.main)
+    return ended.value.code
+
+
+def test_from_predictions_to_a_scored_sheet(home, tmp_path, monkeypatch, capsys):
+    assert script(monkeypatch, "ab-make", RUN, "--output", tmp_path) == 2
+    assert "evaluate_model.py predict" in capsys.readouterr().err
+    assert script(monkeypatch, "predict", RUN, "--output", tmp_path) == 0
+    assert script(monkeypatch, "ab-make", RUN, "--output", tmp_path) == 0
+    key = json.loads((tmp_path / "ab_key.json").read_text(encoding="utf-8"))
+    choices = [
+        {"id": pair["id"], "choice": "left" if pair["left"] == "tuned" else "right", "comment": ""}
+        for pair in key["pairs"]
+    ]
+    answers = tmp_path / "answers.json"
+    answers.write_text(
+        json.dumps({"format": "ab-answers-1", "sheet": key["sheet"], "rater": "a", "answers": choices}),
+        encoding="utf-8",
+    )
+    assert script(monkeypatch, "ab-score", answers, tmp_path / "ab_key.json") == 0
+    assert "tuned was preferred" in capsys.readouterr().out
+    score = json.loads((tmp_path / "ab_score.json").read_text(encoding="utf-8"))
+    assert score["overall"]["wins"] == len(choices)
+    files = [tmp_path / name for name in ("predictions.json", "predictions_base.json")]
+    assert script(monkeypatch, "ab-make", *files, "--output", tmp_path / "two") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("score", "nowhere", "--config", "outputs/tiny/config.json"), 2, "nowhere"),
+        (("predict", "outputs/tiny", "outputs/tiny"), 2, "takes one PATH"),
+        (("score", "outputs/tiny", "--data", "none.jsonl"), 3, "none.jsonl"),
+        (("report", "outputs/tiny", "--control", "none.jsonl"), 3, "none.jsonl"),
+        (("report", "outputs/tiny", "--batch-size", "0"), 2, "from 1"),
+        (("ab-score", "one.json"), 2, "ab-score takes"),
+        (("ab-make", "a", "b", "c"), 2, "two files"),
+    ],
+)
+def test_a_mistake_is_named_and_no_traceback_is_shown(home, monkeypatch, capsys, words, code, says):
+    assert script(monkeypatch, *words) == code
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+
+
+def test_a_model_that_is_broken_is_said_to_be(home, fmt_examples):
+    loaded = measuring.load(subject_of(), False, 4, lambda _: lambda *_: None)
+    with torch.no_grad():
+        loaded.speaker.model.get_output_embeddings().weight.fill_(float("nan"))
+    from persona.errors import Diverged
+
+    with pytest.raises(Diverged, match="not finite"):
+        example_losses(loaded.speaker.model, fmt_examples(loaded), 512, "fp32", False)
+
+
+@pytest.fixture
+def fmt_examples():
+    from persona.model.dataset import render_records
+
+    return lambda loaded: render_records(loaded.subject.held_out.records, loaded.speaker.fmt, None, 256).examples

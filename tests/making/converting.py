@@ -1,0 +1,95 @@
+"""A conversion as the tests look at it: files in, and everything that was written read back."""
+
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persona.convert.inputs import find_sources
+from persona.convert.options import Options
+from persona.convert.output import Staged
+from persona.convert.pipeline import convert_files, publish
+from persona.records import Record, check_messages
+
+KEPT = 100_000
+
+
+@dataclass
+class Converted:
+    """What a conversion left: records in the order of the input, the files' records, the refusals, the report."""
+
+    records: list[Record]
+    train: list[Record]
+    validation: list[Record]
+    rejections: list[dict[str, Any]]
+    report: dict[str, Any]
+    shown: dict[str, Any]
+    names: list[str]
+    settings: list[Record] = field(default_factory=list)
+
+
+def read_back(path):
+    if not path.is_file():
+        return []
+    values = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    return [Record(tuple(value["messages"]), value["meta"]) for value in values]
+
+
+def convert_paths(*inputs, output=None, skipped=(), **options):
+    """The conversion of files and folders; whatever they hold, the account must be right."""
+    sources, left_out = find_sources([str(path) for path in inputs])
+    with ExitStack() as stack:
+        folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = stack.enter_context(Staged(folder))
+        outcome = convert_files(sources, Options(**options), [*skipped, *left_out], staged, KEPT)
+        names = publish(outcome, staged)
+        done = Converted(
+            outcome.records,
+            read_back(folder / outcome.report["names"]["train"]),
+            read_back(folder / outcome.report["names"]["val"]),
+            [json.loads(line) for line in (folder / "rejected.jsonl").read_bytes().split(b"\n") if line],
+            outcome.report,
+            outcome.shown,
+            names,
+            read_back(folder / "settings.jsonl") if "settings.jsonl" in names else [],
+        )
+        assert (folder / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+        assert json.loads((folder / "report.json").read_text("utf-8")) == json.loads(json.dumps(done.report))
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")], "nothing temporary is left"
+    check_account(done)
+    return done
+
+
+def check_account(done):
+    report = done.report
+    assert report["read"] == report["written"] + report["rejected"] + report["duplicates"]
+    assert report["written"] == len(done.records)
+    assert (report["train"], report["val"]) == (len(done.train), len(done.validation))
+    assert report["rejected"] == len(done.rejections) == sum(report["rejected_by_code"].values())
+    for record in done.records:
+        check_messages(record.messages)
+    for rejection in done.rejections:
+        assert rejection["code"]
+        assert rejection["fix"]
+        assert len(rejection["excerpt"]) <= 80
+    if speeches := report["speeches"]:
+        assert speeches["total"] == speeches["learned"] + speeches["context"] + sum(speeches["not_used"].values())
+    replies = {" ".join(m["content"].split()) for r in done.validation for m in r.messages if m["role"] == "assistant"}
+    for record in (*done.train, *done.settings):
+        for message in record.messages:
+            assert message["role"] != "assistant" or " ".join(message["content"].split()) not in replies
+    groups = [{json.dumps(record.meta["group"]) for record in side} for side in (done.train, done.validation)]
+    assert groups[0].isdisjoint(groups[1])
+
+
+def convert_data(data, name="in.txt", **options):
+    """The conversion of one file with this content: bytes, a text, or a value that is written as JSON."""
+    if not isinstance(data, bytes):
+        data = (data if isinstance(data, str) else json.dumps(data)).encode("utf-8", "surrogatepass")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        return convert_paths(path, **options)
