@@ -23,9 +23,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder to write (default: merged/NAME of the run)")
     parser.add_argument("--config", type=Path, help="settings (default: the run's own, else config/default.json)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare the merged model with base + adapter before it appears"
-    )
+    unchecked = "do not compare the merged model with base + adapter before it appears"
+    parser.add_argument("--no-verify", action="store_true", help=unchecked)
     parser.add_argument(
         "--compare-bases",
         action="store_true",
@@ -62,12 +61,13 @@ def main() -> None:
     base = resolve_model(config.model.name_or_path)
 
     from persona.export import command as export
+    from persona.model.loading import trained_format
     from persona.train.run_folder import quoted
 
     name = merged_name(adapter)
     output = args.output or Path("merged") / name
     wanted = export.Wanted.of(args)
-    fmt = export.spoken_format(base, adapter)
+    fmt = trained_format(base, adapter)
     export.check_wanted(wanted, base, adapter, output, fmt, config.data.train_file)
     if args.output or args.gguf or not (args.gguf_adapter or args.character_card):
         merge_and_verify(args, config, base, adapter, output, own_run)
@@ -88,7 +88,7 @@ def merge_and_verify(
     from persona.merge.folder import describe_merged
     from persona.merge.merge import merge
     from persona.merge.verify import prepare, trained_in
-    from persona.model.adapters import merged_name, read_card
+    from persona.model.adapters import merged_name, read_persona
 
     dtype = getattr(torch, config.export.dtype)
     check = None if args.no_verify else prepare(base, adapter, config.data if own_run else None, dtype, print)
@@ -98,9 +98,9 @@ def merge_and_verify(
     if args.compare_bases and check is None:
         raise EnvironmentFault("--compare-bases: there is not enough free memory to compute the model; leave it out.")
     held = (None, (config.quantization, trained_in(adapter))) if args.compare_bases else (None,)
-    title, card, kind = merged_name(adapter), read_card(adapter), config.export.dtype
+    title, persona, kind = merged_name(adapter), read_persona(adapter), config.export.dtype
     report = merge(base, adapter, output, dtype, round(config.export.max_shard_size_gb * 1e9), check, held,
-        lambda folder: describe_merged(folder, adapter, title, card, config.generation, kind))  # fmt: skip
+        lambda folder: describe_merged(folder, adapter, title, persona, config.generation, kind))  # fmt: skip
     if check is None:
         why = "--no-verify" if args.no_verify else "not enough free memory to compute the model, even in 16 bits"
         print(f"Not verified ({why}): {skipped}.")

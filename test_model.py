@@ -22,9 +22,7 @@ def main() -> None:
     parser.add_argument("--base", action="store_true", help="talk to the base model alone")
     parser.add_argument("--prompt", metavar="TEXT", help="answer once and leave")
     parser.add_argument("--system", metavar="TEXT|@FILE", help="another system prompt than the trained one")
-    parser.add_argument(
-        "--load-in-4bit", action="store_true", help="hold a merged model in 4 bits, to fit a small card"
-    )
+    parser.add_argument("--load-in-4bit", action="store_true", help="hold a merged model in 4 bits, to fit a small GPU")
     args = parser.parse_args()
 
     from persona.model.adapters import locate, run_settings

@@ -33,7 +33,7 @@ def write_workload(path: Path, system: str) -> None:
     from persona.records import read_records
 
     with path.open("w", encoding="utf-8") as file:
-        for name in ("train", "settings"):
+        for name in ("train", "lore"):
             for record in read_records(ROOT / "data" / "tamsin" / f"{name}.jsonl"):
                 messages = [{"role": "system", "content": system}, *record.turns[:2]]
                 file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from persona.errors import UsageError
+from persona.files import read_json
 
 # --- foreign names ----------------------------------------------------------------------------------------------------
 # Names of settings that people bring from other tools, and what replaces them here.
@@ -56,6 +57,8 @@ FOREIGN_NAMES = {
     "base_model": "model.name_or_path",
     "template": "model.chat_template (null = the model's own, which is nearly always right)",
     "dataset": "data.train_file",
+    "settings_file": "data.lore_file",
+    "settings_weight": "data.lore_weight",
     "val_file": "data.validation_file",
     "eval_file": "data.validation_file",
     "val_size": "convert_dataset.py --val-ratio",
@@ -88,7 +91,7 @@ class Model(Section):
     chat_template: str | None = Field(default=None, min_length=1)
     """A Jinja file that replaces the model's own chat template; null keeps the model's own."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute: `auto` takes the CUDA card when there is one."""
+    """Where to compute: `auto` takes the GPU when there is one."""
 
 
 class Quantization(Section):
@@ -122,10 +125,10 @@ class Data(Section):
     """Conversations to learn, as `convert_dataset.py` writes them."""
     validation_file: str | None = Field(default=None, min_length=1)
     """Conversations held out to measure on; null trains without evaluation."""
-    settings_file: str | None = Field(default=None, min_length=1)
+    lore_file: str | None = Field(default=None, min_length=1)
     """Questions about the character's world and background texts, mixed into training; null for none."""
-    settings_weight: float = Field(default=1.0, ge=0, le=100)
-    """How many times the settings file is repeated; a fraction is a seeded choice."""
+    lore_weight: float = Field(default=1.0, ge=0, le=100)
+    """How many times the lore file is repeated; a fraction is a seeded choice."""
     system_prompt: str | None = None
     """System prompt of conversations without one: text, or @FILE; null takes the most frequent in the data."""
     max_length: int = Field(default=2048, ge=16)
@@ -224,7 +227,11 @@ class Config(Section):
 
 def load_config(path: Path, overrides: list[str]) -> Config:
     """The settings in `path`, changed by `section.key=value` overrides; raises `UsageError` naming every mistake."""
-    values = read_json(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name the JSON file in it, for example {path / 'config.json'}.")
+    if not path.exists():
+        raise UsageError(f"{path}: no such file. Start from config/default.json or one of config/presets/.")
+    values = read_json(path, "JSON has no comments, no comma after the last item, and only double quotes.")
     mistakes = [problem for text in overrides if (problem := _override(values, text)) is not None]
     try:
         config = Config.model_validate(values)
@@ -236,41 +243,6 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         source = f"{path}" + (" with --set" if overrides else "")
         raise UsageError(f"{count} in the settings ({source}):\n" + "\n".join(f"  - {line}" for line in mistakes))
     return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises `UsageError` with the place for anything else, duplicate keys included."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file. Start from config/default.json or one of config/presets/.") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; name the JSON file in it, for example {path / 'config.json'}.") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    try:
-        values = json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        line = text.split("\n")[error.lineno - 1].strip()
-        raise UsageError(
-            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}, at {line!r}. "
-            "JSON has no comments, no comma after the last item, and only double quotes."
-        ) from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply to be a settings file.") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected an object {{...}} with sections such as model, data and training.")
-    return values
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise ValueError(f"the key {sorted(twice)[0]!r} stands twice in one object; keep one of the two.")
-    return dict(pairs)
 
 
 def _override(values: dict[str, Any], text: str) -> str | None:

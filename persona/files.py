@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all: written aside, flushed to the disk, renamed."""
+"""Files: strict JSON, hashes, and folders that appear complete or not at all: written aside, flushed, renamed."""
 
 import hashlib
 import json
@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,55 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 AGAIN = "Copy or download it again completely."
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises `UsageError` with the place when it is broken, unreadable or something else."""
+def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+    """The JSON object in `path`; raises `UsageError` with the place and `advice` for anything else, and a key twice."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. {AGAIN}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}. {AGAIN}") from None
+        line = excerpt(text.split("\n")[error.lineno - 1].strip(), 80)
+        place = f"{path}:{error.lineno}:{error.colno}"
+        raise UsageError(f"{place}: not valid JSON: {error.msg}, at {line!r}. {advice}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply. {advice}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as UTF-8 text: {error}. {advice}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}. {advice}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected a JSON object {{...}}, found something else. {AGAIN}")
+        raise UsageError(f"{path}: expected an object {{...}}, found {excerpt(json.dumps(value), 40)}. {advice}")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(_twice(pairs))
+    return found
+
+
+def _twice(pairs: list[tuple[str, Any]]) -> str:
+    (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+    return f'the key "{excerpt(key, 40)}" is there {count} times in one object'
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def appearing(folder: Path, marked: bool = False) -> Iterator[Path]:
+    """An empty folder to write to; when the block ends well it becomes `folder`, complete or not at all (`publish`)."""
+    staging = folder.with_name(f".staging-{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        publish(staging, folder, marked)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish(staging: Path, folder: Path, marked: bool = False) -> None:
@@ -160,8 +194,7 @@ _FAULTS: list[str] = []
 def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-        _FAULTS.append(f'the key "{excerpt(key, 40)}" stands {count} times in one object')
+        _FAULTS.append(_twice(pairs))
     return found
 
 

@@ -50,6 +50,16 @@ class Record:
         """The messages without the system message: user and assistant in turn."""
         return self.messages if self.system is None else self.messages[1:]
 
+    @property
+    def replies(self) -> tuple[str, ...]:
+        """The texts of the assistant: what is learned."""
+        return tuple(message["content"] for message in self.messages if message["role"] == "assistant")
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts of the user, one before each reply."""
+        return tuple(message["content"] for message in self.messages if message["role"] == "user")
+
     def encoded(self) -> bytes:
         """The record as one line of JSON in UTF-8, without the newline; a RecordFault for half of a character."""
         content = {"messages": self.messages, "meta": self.meta}
@@ -90,6 +100,14 @@ def check_messages(messages: object) -> tuple[dict[str, str], ...]:
             "NO_REPLY", path, f'the last message is from "{checked[-1]["role"]}"', "end with an assistant message"
         )
     return checked
+
+
+def check_type(meta: dict[str, Any]) -> None:
+    """Raise a RecordFault for a type by its old name: lore would be trained on, but never weighted or asked for."""
+    kind = str(meta.get("type", ""))
+    if kind.startswith("settings_"):
+        new = kind.replace("settings_", "lore_")
+        raise RecordFault("OLD_TYPE", "$.meta.type", f'found "{kind}"', f'write "{new}", its name now')
 
 
 def _is_plain(messages: Sequence[Any]) -> bool:
@@ -183,6 +201,7 @@ def _record_of(line: bytes) -> Record:
     meta = value.get("meta", {})
     if not isinstance(meta, dict):
         raise RecordFault("META", "$.meta", f"found {_show(meta)}", "write an object, or leave it out")
+    check_type(meta)
     record = Record(check_messages(value["messages"]), meta)
     if "\\u" in text:  # UTF-8 holds half of a character only as an escape
         record.encoded()
@@ -203,3 +222,56 @@ def repeat_weighted(records: Sequence[Record], weight: float, seed: int) -> list
     ranked = sorted(range(len(records)), key=lambda index: (places[index], index))
     once_more = set(ranked[: round((weight - whole) * len(records))])
     return [record for index, record in enumerate(records) for _ in range(whole + (index in once_more))]
+
+
+# --- what a text is ---------------------------------------------------------------------------------------------------
+
+# Han with its extensions, and kana: scripts that are written without spaces
+UNSPACED = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+CHARACTER = re.compile(f"[{UNSPACED}]")
+WORD = re.compile(f"(?:(?![{UNSPACED}])[^\\W_])+(?:['’](?:(?![{UNSPACED}])[^\\W_])+)*")
+_KANA = re.compile("[\u3040-\u30ff]")
+# Placeholders of role-play front ends (SillyTavern's macros), which they replace by names
+CHARACTER_MACRO = re.compile(r"\{\{\s*char\s*\}\}|<(?:BOT|CHAR)>", re.IGNORECASE)
+USER_MACRO = re.compile(r"\{\{\s*user\s*\}\}|<USER>", re.IGNORECASE)
+MACRO = re.compile(r"\{\{\s*\w{1,40}\s*\}\}|<(?:USER|BOT|CHAR)>", re.IGNORECASE)
+# Strings that tokenizers of the Llama, Qwen, Mistral, Gemma and DeepSeek families turn into control ids
+CONTROL_TOKEN = re.compile(
+    r"<\|[^|<>\n]{1,64}\|>|<｜[^｜<>\n]{1,64}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    r"|<(?:bos|eos|pad|unk)>"
+)
+_AS_AI = re.compile(
+    r"作为(?:一个|一名|一款)?\s*(?:大型|大)?\s*(?:AI|人工智能|语言模型|机器人|智能助手)|语言模型|人工智能助手"
+    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b|\blanguage model\b"
+    r"|\bI(?:'|’)?\s?a?m (?:just |only )?an? (?:AI|artificial intelligence|chatbot|virtual assistant)\b"
+    r"|\bI(?:'|’)?m sorry, but I can(?:'|’|no)t (?:assist|help|comply|fulfill|provide)\b",
+    re.IGNORECASE,
+)
+
+
+def is_chinese(*texts: str) -> bool:
+    """Whether characters written without spaces outnumber a fifth of the words: Chinese with names in it is Chinese."""
+    characters = sum(len(CHARACTER.findall(text)) for text in texts)
+    return characters * 5 > sum(len(WORD.findall(text)) for text in texts)
+
+
+def language(text: str) -> str:
+    """The language of a text by its letters: Chinese, Japanese, Latin letters, or other."""
+    if is_chinese(text):
+        characters = len(CHARACTER.findall(text))
+        return "Japanese" if len(_KANA.findall(text)) > 0.2 * characters else "Chinese"
+    return "Latin letters" if re.search(r"[A-Za-z\u00c0-\u024f]{2}", text) else "other"
+
+
+def control_token(text: str) -> str | None:
+    """The first string in `text` that a tokenizer may turn into a control id, or None."""
+    if "<" not in text and "[" not in text:  # ten times as fast as the pattern, and true of most texts
+        return None
+    found = CONTROL_TOKEN.search(text)
+    return found[0] if found else None
+
+
+def speaks_as_ai(text: str) -> str | None:
+    """The words by which a reply speaks as a language model or refuses like one, or None."""
+    found = _AS_AI.search(text)
+    return found[0] if found else None

@@ -135,7 +135,7 @@ def test_the_merged_model_is_as_good_as_base_and_adapter(outputs, folder, embedd
     from accelerate import Accelerator
 
     from persona.config import Quantization
-    from persona.model.adapters import read_card
+    from persona.model.adapters import read_persona
     from persona.model.dataset import render_records
     from persona.model.loading import load_adapter, load_base, load_tokenizer
     from persona.model.render import chat_format
@@ -145,7 +145,7 @@ def test_the_merged_model_is_as_good_as_base_and_adapter(outputs, folder, embedd
     merged, adapter = folder / "merged" / "tamsin", folder / "outputs" / "tamsin" / "adapter"
     fmt = chat_format(load_tokenizer(merged, None, date.today()))
     records = read_records(folder / "data" / "tamsin" / "val.jsonl")[:6]
-    held_out = render_records(records, fmt, read_card(merged).system_prompt, 1024).conversations
+    held_out = render_records(records, fmt, read_persona(merged).system_prompt, 1024).conversations
     plain = Quantization(load_in_4bit=False)
     cpu = torch.device("cpu")
     together = load_adapter(load_base(embedded, plain, "fp32", cpu), adapter)
@@ -209,7 +209,7 @@ def test_a_batch_gives_the_same_replies_as_one_prompt_after_the_other(outputs, f
     run = str(folder / "outputs" / "tamsin")
     made = run_settings(run, None, ["training.precision=fp32"])
     speaker = load_speaker(made, embedded, locate(made, run, False)[1], in_4bit=True)
-    system = {"role": "system", "content": speaker.card.system_prompt}
+    system = {"role": "system", "content": speaker.persona.system_prompt}
     held_out = read_records(folder / "data" / "tamsin" / "val.jsonl")[:8]
     prompts = [[system, *record.turns[:-1]] for record in held_out]
     threads = torch.get_num_threads()

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "persona"
 # The rooms of the package: its modules at the top, and its folders. A room imports from rooms above it in this list and
 # from itself; a folder within a folder belongs to the same room.
 ROOMS = (
-    *("errors", "config", "console", "files", "records", "pages"),
+    *("errors", "console", "files", "config", "records", "pages"),
     *("convert", "model", "engine", "speak", "train", "merge", "evaluate", "export"),
 )
 LEVEL = {name: level for level, name in enumerate(ROOMS)}
@@ -22,7 +22,7 @@ LIGHT = ("errors", "config", "console", "files", "records", "pages", "convert", 
          "evaluate.subject", "evaluate.predictions")  # fmt: skip
 LONGEST = 410
 MOST_NAMES = 15  # modules and folders in a folder
-MOST_MODULES, MOST_LINES = 100, 19_200
+MOST_MODULES, MOST_LINES = 100, 19_250
 
 
 def files():

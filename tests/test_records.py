@@ -121,7 +121,7 @@ GOOD = record(1).encoded().decode()
         (b"[1]", "convert_dataset.py"),
         (b'{"conversations": []}', "convert_dataset.py"),
         (b'\xff{"messages": []}', "is not UTF-8"),
-        (b'{"messages": [], "messages": []}', 'the key "messages" stands 2 times'),
+        (b'{"messages": [], "messages": []}', 'the key "messages" is there 2 times'),
         (GOOD.replace('"meta":{}', '"meta": {"a": NaN}').encode(), "NaN"),
         (GOOD.replace('"meta":{}', '"meta": {"a": 1e999}').encode(), "too large"),
         (GOOD.replace('"meta":{}', '"meta": {"a": ' + "1" * 5000 + "}").encode(), "5000 digits"),

@@ -9,12 +9,8 @@ from dataclasses import replace
 
 from persona.convert.draft import Draft, Message
 from persona.convert.options import Options
-from persona.records import SURROGATE, RecordFault
+from persona.records import SURROGATE, RecordFault, control_token
 
-# Strings that tokenizers of the Llama, Qwen, Mistral, Gemma and DeepSeek families turn into control ids.
-_CONTROL_TOKEN = re.compile(
-    r"<\|[^|<>\n]{1,64}\|>|<｜[^｜<>\n]{1,64}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<[be]os>"
-)
 _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _CONTROL_SEQUENCE = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # colours whole
 _CONTROL_SHARE = 0.05  # more control characters than that are no text
@@ -55,14 +51,6 @@ def _clean(text: str, path: str, repairs: Counter[str]) -> str:
         repairs["control characters removed"] += removed
         return _clean(cleaned.strip(), path, repairs)  # which may hold a token now that they had split
     return text
-
-
-def control_token(text: str) -> str | None:
-    """The first control token in `text`, or None."""
-    if "<" not in text and "[" not in text:  # ten times as fast as the pattern, and true of most texts
-        return None
-    found = _CONTROL_TOKEN.search(text)
-    return found[0] if found else None
 
 
 def fold(text: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     "max_record": (0.001, 1000, "a number of millions of characters, from 0.001 to 1000"),
     "max_chars": (100, 1e9, "a number of characters of at least 100"),
     "min_chars": (0, 1e6, "a number of characters of at least 0"),
-    "settings_weight": (1, 100, "a number from 1 to 100, as 5 or 2.5"),
+    "lore_weight": (1, 100, "a number from 1 to 100, as 5 or 2.5"),
 }
 
 
@@ -155,9 +156,20 @@ def _speakers(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--drop-lines", metavar="KINDS", type=parse_line_kinds, default=_D.drop_lines, help=kinds)
     titles = "a title that is background, besides 角色故事1, 更多描述, 角色详细, 神之眼; repeatable"
     group.add_argument("--background", metavar="TITLE", action="append", default=[], help=titles)
-    group.add_argument("--settings", action="store_true", dest="settings_apart", help="settings go to settings.jsonl")
-    times = "how many times a setting stands in the training part (%(default)g)"
-    group.add_argument("--settings-weight", metavar="N", type=float, default=_D.settings_weight, help=times)
+    group.add_argument("--lore", action="store_true", dest="lore_apart", help="lore goes to lore.jsonl")
+    for old, new in (("--settings", "--lore"), ("--settings-weight", "--lore-weight")):
+        group.add_argument(
+            old, nargs="?", type=_renamed(old, new), const=new, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    times = "how many times each lore record is in the training part (%(default)g)"
+    group.add_argument("--lore-weight", metavar="N", type=float, default=_D.lore_weight, help=times)
+
+
+def _renamed(old: str, new: str) -> Callable[[str], str]:
+    def refuse(_: str) -> str:
+        raise UsageError(f"{old} is {new} now; write that instead.")
+
+    return refuse
 
 
 def _tables(group: argparse._ArgumentGroup) -> None:

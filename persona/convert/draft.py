@@ -28,7 +28,7 @@ class Draft:
     context: int = 0
     part: bool = False  # of a row that was cut into several, which are one group
     plain: bool = False  # in turn, all texts printable but for line ends, and without outer white space
-    fresh: bool = True  # made here from raw data; our own records come as they are, repetitions of settings included
+    fresh: bool = True  # made here from raw data; our own records come as they are, repetitions of lore included
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from persona.convert.inputs import Source
 from persona.convert.options import Options
 from persona.convert.output import Shuffle, Staged
 from persona.convert.split import Seen, Split, fingerprint, once_more
-from persona.records import Record, RecordFault, check_messages, rank
+from persona.records import Record, RecordFault, check_messages, check_type, rank
 
-TRAIN, VALIDATION, SETTINGS = "train.jsonl", "val.jsonl", "settings.jsonl"
-ARTICLE_NAMES = {TRAIN: "sft_train.jsonl", VALIDATION: "sft_val.jsonl", SETTINGS: SETTINGS}
+TRAIN, VALIDATION, LORE = "train.jsonl", "val.jsonl", "lore.jsonl"
+ARTICLE_NAMES = {TRAIN: "sft_train.jsonl", VALIDATION: "sft_val.jsonl", LORE: LORE}
 STATISTICS = "dataset_stats.json"
 REPORT, REJECTED, PAGE = "report.json", "rejected.jsonl", "report.html"
 SAMPLED = 2000  # records that the data report measures; fewer are measured whole
@@ -38,13 +38,13 @@ class Account:
         self.first: list[Record] = []
         self.system_prompt: str | None = None  # of a character card
         self.articles: dict[str, Any] = {}  # what dataset_stats.json says, where there are articles
-        self.names = {TRAIN: TRAIN, VALIDATION: VALIDATION, SETTINGS: SETTINGS}
+        self.names = {TRAIN: TRAIN, VALIDATION: VALIDATION, LORE: LORE}
         self.shown: dict[str, list[Rejection]] = defaultdict(list)
         self._seen, self._split, self._shuffle = Seen(), Split(folder), Shuffle(folder)
-        self._weighted: dict[int, int] = {}  # number: rank, of settings made here
-        self._repeated: dict[str, int] = {}  # key: number, of settings that come as records of ours
+        self._weighted: dict[int, int] = {}  # number: rank, of lore made here
+        self._repeated: dict[str, int] = {}  # key: number, of lore that comes as records of ours
         self._copies: Counter[int] = Counter()
-        self._settings: set[int] = set()  # numbers
+        self._lore: set[int] = set()  # numbers
         staged.open(REJECTED)
 
     def settle(self, draft: Draft, source: Source, number: int) -> None:
@@ -62,6 +62,7 @@ class Account:
     def _record(self, draft: Draft, source: Source, number: int) -> Record:
         if draft.fault:
             raise draft.fault
+        check_type(draft.meta)
         messages = draft.messages
         if self.options.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.options.system}, *messages]
@@ -88,17 +89,17 @@ class Account:
     def _keep(self, record: Record, line: bytes, draft: Draft) -> None:
         folded = fold_conversation(record.messages, draft.plain)
         key = conversation_key(folded)
-        is_setting = str(record.meta["type"]).startswith("settings_")
+        is_lore = str(record.meta["type"]).startswith("lore_")
         if not self._seen.add(int(key[:16], 16)) and not self.options.keep_dups:
             self.outcome["duplicates"] += 1
             self.not_used["in a duplicate conversation"] += draft.learned + draft.context
-            if is_setting and not draft.fresh and key in self._repeated:
+            if is_lore and not draft.fresh and key in self._repeated:
                 self._again(key, line)
             return
         place = rank(self.options.seed, key)[:16]
-        number = self._divide(record, draft, folded, is_setting and self.options.settings_apart)
+        number = self._divide(record, draft, folded, is_lore and self.options.lore_apart)
         self._shuffle.add(place, number, 0, line)
-        if is_setting:
+        if is_lore:
             self._repeat(key, number, place, line, draft.fresh)
         self.outcome["written"] += 1
         self.kinds[str(record.meta["type"])] += 1
@@ -121,13 +122,13 @@ class Account:
 
     def _repeat(self, key: str, number: int, place: str, line: bytes, fresh: bool) -> None:
         """Enter the repetitions of a setting: by the weight if it was made here, else as the input repeats it."""
-        self._settings.add(number)
+        self._lore.add(number)
         if not fresh:
             self._repeated[key] = number
             return
         self._weighted[number] = int(place, 16)
-        if not self.options.settings_apart:
-            for copy in range(1, math.ceil(self.options.settings_weight)):
+        if not self.options.lore_apart:
+            for copy in range(1, math.ceil(self.options.lore_weight)):
                 self._shuffle.add(rank(self.options.seed, f"{key}#{copy}")[:16], number, copy, line)
 
     def _again(self, key: str, line: bytes) -> None:
@@ -146,11 +147,11 @@ class Account:
         lines: Counter[str] = Counter()
         sample: list[dict[str, Any]] = []
         learned = {number: place for number, place in self._weighted.items() if not held_out[number]}
-        extra = once_more(learned, self.options.settings_weight)
-        floor = math.floor(self.options.settings_weight)
+        extra = once_more(learned, self.options.lore_weight)
+        floor = math.floor(self.options.lore_weight)
         for number, copy, line in self._shuffle.in_order():
-            if number in self._settings and self.options.settings_apart:
-                name = SETTINGS
+            if number in self._lore and self.options.lore_apart:
+                name = LORE
             else:
                 name = VALIDATION if held_out[number] else TRAIN
             if copy and (held_out[number] or (number in self._weighted and copy >= floor + (number in extra))):

@@ -46,9 +46,9 @@ class Options:
     strip_speaker: bool = False
     flat: bool = False
     max_gap: float = 60  # minutes
-    # lines and settings
-    settings_apart: bool = False
-    settings_weight: float = 5.0
+    # lines and lore
+    lore_apart: bool = False
+    lore_weight: float = 5.0
     background: tuple[str, ...] = ()
     drop_lines: tuple[str, ...] = ("notes", "silence", "marks")
     # tables

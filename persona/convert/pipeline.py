@@ -23,10 +23,10 @@ from persona.convert.formats.recognise import ARTICLES, LINES, Intake
 from persona.convert.inputs import Foreign, Source
 from persona.convert.ledger import (
     ARTICLE_NAMES,
+    LORE,
     PAGE,
     REJECTED,
     REPORT,
-    SETTINGS,
     STATISTICS,
     TRAIN,
     VALIDATION,
@@ -132,9 +132,9 @@ def convert_files(
             more = [f"... and {len(faults) - SHOWN_FAULTS} more files"] if len(faults) > SHOWN_FAULTS else []
             raise DataError("\n".join([*faults[:SHOWN_FAULTS], *more, "Nothing was written."]))
         written, sample = account.finish()
-        settings_beside = (staged.folder / SETTINGS).exists()
+        lore_beside = (staged.folder / LORE).exists()
     report = _report(account, options, entries, skipped, written)
-    report |= {"settings_beside": settings_beside}
+    report |= {"lore_beside": lore_beside}
     tokenizer = options.tokenizer if options.tokenizer_is_local else None
     report["statistics"] = measure(sample, report["written"], tokenizer)
     report["warnings"] = warnings_of(report, sample)
@@ -212,7 +212,7 @@ def _report(
         **{name: outcome[name] for name in ("read", "written", "rejected", "duplicates", "repaired")},
         "train": written[TRAIN],
         "val": written[VALIDATION],
-        "settings": written[SETTINGS],
+        "lore": written[LORE],
         "val_ratio": options.ratio,
         "seed": options.seed,
         "characters": list(options.characters),
@@ -220,9 +220,7 @@ def _report(
         "files": entries,
         "skipped": skipped,
         "kinds": dict(sorted(account.kinds.items())),
-        "settings_weight": options.settings_weight
-        if any(kind.startswith("settings") for kind in account.kinds)
-        else None,
+        "lore_weight": options.lore_weight if any(kind.startswith("lore") for kind in account.kinds) else None,
         "repairs": dict(sorted((+account.repairs).items())),
         "rejected_by_code": dict(sorted(account.codes.items())),
         "unknown_roles": dict(account.roles.most_common(20)),

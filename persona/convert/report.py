@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.console import excerpt, safe, table
-from persona.convert.cleaning import control_token, conversation_key, fold_conversation, replies_of
+from persona.convert.cleaning import conversation_key, fold_conversation, replies_of
 from persona.convert.draft import Rejection
 from persona.convert.formats.scenes import NO_CONTEXT
 from persona.convert.inputs import find_sources
@@ -13,7 +13,7 @@ from persona.convert.options import Options
 from persona.convert.split import fingerprint
 from persona.convert.statistics import measure
 from persona.errors import DataError
-from persona.records import SHOWN_FAULTS, Record, read_records
+from persona.records import SHOWN_FAULTS, Record, control_token, read_records
 
 # --- advice -----------------------------------------------------------------------------------------------------------
 # Advice in words: what in these records will hurt training, and what to do about it.
@@ -32,7 +32,7 @@ _TRAITS = {
     "very short replies": "They teach little: --min-chars N leaves them out.",
     "replies that copy the prompt": "They teach the model to repeat the question: delete them.",
     "names or roles left before the words": "The model would say them too: --strip-speaker removes names.",
-    "refusals of an assistant": "They will be learned as the character's own words: delete them.",
+    "replies that speak as an AI": "They will be learned as the character's own words: delete them.",
     "thinking blocks": "They will be learned as spoken words: delete them, unless that is wanted.",
     "code, HTML or encoded data": "Is that how the character speaks? Else delete it.",
     "one character over and over": "It will be learned: shorten it.",
@@ -82,7 +82,7 @@ def _same_prompts(sample: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"{count:,} of {len(sample):,} records begin with the same prompt ({shown!r}). A model that is asked one thing "
         "only learns to answer beside the question: add what was said before each reply (--context-turns where the "
-        "file has other speakers), and settings data."
+        "file has other speakers), and lore."
     ]
 
 
@@ -93,13 +93,13 @@ def _about_persona(report: dict[str, Any]) -> list[str]:
     spoken = report["speeches"] is not None or report["characters"]
     if (
         spoken
-        and not report["settings_beside"]
-        and not any(kind.startswith("settings") for kind in kinds)
+        and not report["lore_beside"]
+        and not any(kind.startswith("lore") for kind in kinds)
         and report["written"] >= FEW_RECORDS
     ):
         found.append(
-            "There are no settings (questions and answers about the character's life and world), so facts will be "
-            "invented: a settings.jsonl beside the lines helps more than many more lines."
+            "There is no lore (questions and answers about the character's life and world), so facts will be "
+            "invented: a lore.jsonl beside the lines helps more than many more lines."
         )
     lengths = statistics["record_tokens"]
     if lengths and lengths["longest"] > LONG:
@@ -170,14 +170,14 @@ def _files(report: dict[str, Any]) -> str:
 def _account(report: dict[str, Any]) -> str:
     outcome = " + ".join(f"{name} {report[name]:,}" for name in ("written", "rejected", "duplicates"))
     parts = f"training {report['train']:,}, validation {report['val']:,}"
-    if report["settings"]:
-        parts += f", settings {report['settings']:,}"
+    if report["lore"]:
+        parts += f", lore {report['lore']:,}"
     lines = [f"records: read {report['read']:,} = {outcome} ({parts})"]
     if len(report["kinds"]) > 1:
         kinds = ", ".join(f"{name} {count:,}" for name, count in report["kinds"].items())
         lines.append(f"kinds: {kinds}")
-    if report["settings_weight"] and not report["settings"]:
-        lines.append(f"settings stand {report['settings_weight']:g} times in the training part (--settings-weight)")
+    if report["lore_weight"] and not report["lore"]:
+        lines.append(f"each lore record is {report['lore_weight']:g} times in the training part (--lore-weight)")
     if articles := report.get("articles"):
         dropped = "".join(f", {name}: {count:,}" for name, count in articles["dropped"].items())
         outside = f", {articles['chunks_outside']:,} outside {'-'.join(map(str, articles['chunk_tokens']))} tokens"
@@ -269,12 +269,12 @@ def next_command(report: dict[str, Any], output: Path) -> str:
     settings = {
         "data.train_file": (output / report["names"]["train"]).as_posix(),
         "data.validation_file": (output / report["names"]["val"]).as_posix() if report["val"] else "null",
-        "data.settings_file": (output / "settings.jsonl").as_posix() if report["settings"] else "null",
+        "data.lore_file": (output / "lore.jsonl").as_posix() if report["lore"] else "null",
         "data.system_prompt": "null",
         "training.output_dir": f"outputs/{output.resolve().name}",
     }
-    if report["settings"] and report["settings_weight"]:
-        settings["data.settings_weight"] = f"{report['settings_weight']:g}"
+    if report["lore"] and report["lore_weight"]:
+        settings["data.lore_weight"] = f"{report['lore_weight']:g}"
     return " ".join(["python finetune.py", *(_setting(name, value) for name, value in settings.items())])
 
 
@@ -317,7 +317,7 @@ def _file(path: Path, records: list[Record], options: Options) -> str:
         "kinds": kinds,
         "speeches": None,
         "characters": [],
-        "settings_beside": True,
+        "lore_beside": True,
         "statistics": measure(sample, len(sample), options.tokenizer if options.tokenizer_is_local else None),
     }
     found = warnings_of(shown, sample)

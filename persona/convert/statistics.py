@@ -12,15 +12,9 @@ from typing import Any
 from persona.console import excerpt
 from persona.convert.cleaning import fold, garbled, personal_data
 from persona.convert.options import Tokenize
+from persona.records import CHARACTER, MACRO, language, speaks_as_ai
 
-_CHINESE = re.compile("[\u3400-\u9fff]")
-_WORDS = re.compile(r"[A-Za-z\u00c0-\u024f]{2,}")
-_KANA = re.compile("[\u3040-\u30ff]")
-_PLACEHOLDER = re.compile(r"\{\{\s*\w{1,40}\s*\}\}|<(?:USER|BOT|CHAR)>")
 _PREFIX = re.compile(r"(?:Human|User|Assistant|AI|USER|ASSISTANT|### ?\w{4,12}|用户|助手)[:：]|[\u4e00-\u9fff]{2,4}：")
-_REFUSAL = re.compile(
-    r"\bas an AI (?:language )?model\b|I'm sorry, but I can(?:'|no)t|作为(?:一个|一名)?(?:AI|人工智能)", re.I
-)
 _REPEATED = re.compile(r"(.)\1{199}", re.DOTALL)
 _CODE = re.compile(r"[A-Za-z0-9+/]{400}|</(?:div|span|p|td)>")
 _HIDDEN = re.compile("[\u200b\u200c\u2060\u202a-\u202e\u2066-\u2069]")
@@ -43,7 +37,7 @@ def _text(record: dict[str, Any]) -> str:
 
 # Each says whether a record has the trait; the names are those of the report.
 TRAITS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "placeholders": lambda record: _PLACEHOLDER.search(_text(record)) is not None,
+    "placeholders": lambda record: MACRO.search(_text(record)) is not None,
     "characters lost (U+FFFD)": lambda record: "\ufffd" in _text(record),
     "garbled": lambda record: garbled(_text(record)),
     "invisible characters": lambda record: _HIDDEN.search(_text(record)) is not None,
@@ -52,7 +46,7 @@ TRAITS: dict[str, Callable[[dict[str, Any]], bool]] = {
         fold(prompt) == fold(reply) for prompt, reply in zip(_prompts(record), _replies(record), strict=False)
     ),
     "names or roles left before the words": lambda record: any(_PREFIX.match(reply) for reply in _replies(record)),
-    "refusals of an assistant": lambda record: any(_REFUSAL.search(reply) for reply in _replies(record)),
+    "replies that speak as an AI": lambda record: any(speaks_as_ai(reply) for reply in _replies(record)),
     "thinking blocks": lambda record: any("<think>" in reply for reply in _replies(record)),
     "code, HTML or encoded data": lambda record: _CODE.search(_text(record)) is not None,
     "one character over and over": lambda record: _REPEATED.search(_text(record)) is not None,
@@ -96,7 +90,7 @@ def _tokens(text: str, tokenize: Tokenize | None) -> int:
 
 def estimate(text: str) -> int:
     """About how many tokens a text has: 4 characters each, of Chinese 4 in 3."""
-    chinese = len(_CHINESE.findall(text))
+    chinese = len(CHARACTER.findall(text))
     return round(chinese * 0.75 + (len(text) - chinese) / 4 + 0.5)
 
 
@@ -118,17 +112,6 @@ def _distribution(values: list[int]) -> dict[str, Any]:
     }
 
 
-def language(text: str) -> str:
-    """The language of a text by its letters: Chinese, Japanese, Latin letters, mixed, or other."""
-    chinese, latin = len(_CHINESE.findall(text)), len(_WORDS.findall(text))
-    if len(_KANA.findall(text)) > 0.2 * (chinese + 1):
-        return "Japanese"
-    if not chinese and not latin:
-        return "other"
-    share = chinese / (chinese + 2 * latin)
-    return "Chinese" if share > 0.8 else "Latin letters" if share < 0.2 else "Chinese and Latin"
-
-
 def _near_duplicates(sample: Sequence[dict[str, Any]]) -> int:
     """Records that differ from another one in case, punctuation or spaces only."""
     keys = Counter(re.sub(r"[\W_]+", "", fold(_text(record)).casefold()) for record in sample)
@@ -142,4 +125,4 @@ def _repeated_ids(sample: Sequence[dict[str, Any]]) -> int:
 
 
 def _placeholders(sample: Sequence[dict[str, Any]]) -> Counter[str]:
-    return Counter(name for record in sample for name in set(_PLACEHOLDER.findall(_text(record))))
+    return Counter(name for record in sample for name in set(MACRO.findall(_text(record))))

@@ -184,7 +184,7 @@ class _Norm(torch.autograd.Function):
 
 
 def _few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The tensors (..., size) as rows, few of each at a time; all at once on a card."""
+    """The tensors (..., size) as rows, few of each at a time; all at once on a GPU."""
     flat = [tensor.flatten(0, -2) for tensor in tensors]
     few = ROWS if flat[0].device.type == "cpu" else max(1, len(flat[0]))
     return zip(*(rows.split(few) for rows in flat), strict=True)

@@ -11,7 +11,7 @@ from persona.engine.packing import Pack
 
 CHUNK = 2**24  # logits that exist at a time; in 16 bits these are 32 MiB
 PIECE = 2**20  # of them turned into probabilities at a time in float32 on a CPU: few enough to stay in a core's cache
-PIECE_ON_CARD = 2**23  # a card works through more of them sooner than it starts many times
+PIECE_ON_GPU = 2**23  # a GPU works through more of them sooner than it starts many times
 
 
 def negative_log_likelihood(model: Any, packed: Pack) -> torch.Tensor:
@@ -85,7 +85,7 @@ class _NegativeLogLikelihood(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(1, CHUNK // len(weight))
-        few = max(1, (PIECE if hidden.device.type == "cpu" else PIECE_ON_CARD) // len(weight))
+        few = max(1, (PIECE if hidden.device.type == "cpu" else PIECE_ON_GPU) // len(weight))
         for start in range(0, len(hidden), size):
             logits = F.linear(hidden[start : start + size], weight)
             pieces = zip(logits.split(few), targets[start : start + size, None].split(few), strict=True)

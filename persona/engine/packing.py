@@ -16,7 +16,7 @@ from persona.engine.attention import Block, Tree
 from persona.model.render import Example
 
 BLOCK = 192  # tokens that attend at once on a CPU: few enough that their scores stay in its cache
-BLOCK_ON_CARD = 512  # a card works through larger products sooner than it starts many of them
+BLOCK_ON_GPU = 512  # a GPU works through larger products sooner than it starts many of them
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def _plan_trees(examples: Sequence[Example], max_tokens: int) -> list[list[Examp
                 size = len(ids)
         return begins
 
-    # The smallest limit that takes no more packs: a last pack of few tokens costs a card of its own as well, the
-    # others need less memory, and blocks of one size fit where those of the pack before were.
+    # The smallest limit that takes no more packs: a last pack of few tokens would compute the system prompt once more,
+    # the others need less memory, and blocks of one size fit where those of the pack before were.
     few = len(firsts(max_tokens))
     smallest = bisect.bisect_left(range(max_tokens), True, key=lambda limit: len(firsts(limit)) <= few)
     begins = firsts(smallest)
@@ -115,7 +115,7 @@ def pack(examples: Sequence[Example], device: torch.device, share: bool, block: 
     """One pack of `examples`, in the order of `plan_packs`, on `device`; `block` tokens of a tree attend at once."""
     if not share or len(examples) == 1:
         return _rows(examples, device)
-    return _tree(examples, device, block or (BLOCK if device.type == "cpu" else BLOCK_ON_CARD))
+    return _tree(examples, device, block or (BLOCK if device.type == "cpu" else BLOCK_ON_GPU))
 
 
 def _rows(examples: Sequence[Example], device: torch.device) -> Pack:

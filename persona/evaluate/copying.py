@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from persona.evaluate.intervals import share
-from persona.evaluate.measures import _replies
+from persona.evaluate.measures import all_replies
 from persona.evaluate.results import Copying, Estimate, Sides, Span
 from persona.evaluate.style.words import units
 from persona.evaluate.subject import Subject
@@ -201,14 +201,13 @@ def copied(subject: Subject, texts: Sides[list[str]]) -> Copied | None:
     if not subject.trained:
         return None
     sources = [
-        (turn["content"], f"{record.meta.get('source', 'training')} {record.meta.get('group', number)}")
+        (reply, f"{record.meta.get('source', 'training')} {record.meta.get('group', number)}")
         for number, record in enumerate(subject.trained, 1)
-        for turn in record.turns
-        if turn["role"] == "assistant"
+        for reply in record.replies
     ]
     index = index_training([text for text, _ in sources], elsewhere=texts.base or [])
     found = texts.each(lambda side: [copied_spans(reply, index) for reply in side])
-    own = [copied_spans(reply, index) for reply in _replies(subject.held_out.records)]
+    own = [copied_spans(reply, index) for reply in all_replies(subject.held_out.records)]
     marked = [tuple(Span(s.start, s.end, sources[s.source][1]) for s in one.spans) for one in found.tuned]
     said = [one for one in found.tuned if one.tokens]
     parts, wholes = ([getattr(one, name) for one in said] for name in ("copied_tokens", "tokens"))

@@ -1,4 +1,4 @@
-"""Whether a model remembers the settings: which key facts are in its answers to questions about its world."""
+"""Whether a model remembers the lore: which key facts are in its answers to questions about its world."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ from persona.evaluate.results import Answer, Estimate, Question, Recall, Sides
 from persona.evaluate.style.words import UNSPACED, language, segmenter, words
 from persona.records import Record
 
-QUESTION = "settings_qa"
+QUESTION = "lore_qa"
 FACTS = 3  # taken from a reference where no keywords are given
 OFTEN = 0.2  # share of the texts from which on a name, such as in a catch-phrase, is no fact; a quarter of it for words
 _UNSPACED = re.compile(f"[{UNSPACED}]+")
@@ -19,7 +19,7 @@ _NAME = re.compile(r"(?<![.!?…”\"'’])(?<=[^.!?…\"“\s])[ ,]+((?:(?!I['�
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about the settings, what was answered in the data, and which facts a good answer names."""
+    """A question about the lore, what was answered in the data, and which facts a good answer names."""
 
     question: str
     reference: str

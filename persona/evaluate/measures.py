@@ -163,11 +163,12 @@ def reply_figures(subject: Subject, written: Written) -> Sides[Replies] | None:
 
 def spoken_language(subject: Subject) -> str:
     """`zh` or `en`, by the held-out replies."""
-    return language(_replies(subject.held_out.records))
+    return language(all_replies(subject.held_out.records))
 
 
-def _replies(records: Sequence[Record]) -> list[str]:
-    return [turn["content"] for record in records for turn in record.turns if turn["role"] == "assistant"]
+def all_replies(records: Sequence[Record]) -> list[str]:
+    """The replies of all `records`, in their order."""
+    return [reply for record in records for reply in record.replies]
 
 
 def chosen(records: Sequence[Record], limit: int | None, seed: int) -> list[Record]:
@@ -191,7 +192,7 @@ def samples(loaded: Loaded, limit: int | None) -> Sides[list[str]]:
 
 def style_of(subject: Subject, texts: Sides[list[str]]) -> StyleReport:
     """How near to the author's held-out text both sides write."""
-    return likeness(_replies(subject.held_out.records), texts, subject.config.seed)
+    return likeness(all_replies(subject.held_out.records), texts, subject.config.seed)
 
 
 def exchanges(written: Written, spans: Sequence[tuple[Span, ...]] | None) -> tuple[Exchange, ...]:
@@ -208,15 +209,15 @@ def exchanges(written: Written, spans: Sequence[tuple[Span, ...]] | None) -> tup
     )
 
 
-# --- memory of the settings ------------------------------------------------------------------------------------------
+# --- memory of the lore ----------------------------------------------------------------------------------------------
 
 
 def remembered(loaded: Loaded, limit: int | None) -> Recall | None:
-    """The questions about the settings, asked with the system prompt and without it; None where there are none."""
+    """The questions about the lore, asked with the system prompt and without it; None where there are none."""
     subject = loaded.subject
     held_out, seed = subject.held_out, subject.config.seed
     records = [(record, False) for record in held_out.records] + [(record, True) for record in subject.trained]
-    found = questions(records, _replies([record for record, _ in records]))
+    found = questions(records, all_replies([record for record, _ in records]))
     found = sorted(found, key=lambda one: rank(seed, one.question))[:limit] if limit is not None else found
     if not found:
         return None
@@ -227,8 +228,8 @@ def remembered(loaded: Loaded, limit: int | None) -> Recall | None:
         prompts = [[*said, {"role": "user", "content": one.question}] for one in found]
         return loaded.writer.sides(prompts, decoding, step).each(lambda side: [reply.text for reply in side])
 
-    with_system = ask(held_out.system, "settings, with the system prompt")
-    return recall_of(found, with_system, ask(None, "settings, without it"), seed)
+    with_system = ask(held_out.system, "lore, with the system prompt")
+    return recall_of(found, with_system, ask(None, "lore, without it"), seed)
 
 
 def _room(loaded: Loaded, references: Sequence[str]) -> int:
@@ -256,13 +257,13 @@ def curve_of(run: Path | None) -> Curve | None:
 def data_of(subject: Subject) -> tuple[DataStatistics, ...]:
     """What was learned from and measured on, file by file."""
     data = subject.config.data
-    names = [name for name in (data.train_file, data.settings_file) if name is not None and Path(name).is_file()]
+    names = [name for name in (data.train_file, data.lore_file) if name is not None and Path(name).is_file()]
     files = [(Path(name), read_records(Path(name))) for name in names]
     return tuple(_statistics(*file) for file in [*files, (subject.held_out.path, subject.held_out.records)])
 
 
 def _statistics(path: Path, records: Sequence[Record]) -> DataStatistics:
-    replies = list(map(len, _replies(records)))
+    replies = list(map(len, all_replies(records)))
     types = Counter(str(record.meta.get("type", "dialogue")) for record in records)
     median = round(statistics.median(replies))
     return DataStatistics(path.name, file_sha256(path), len(records), len(replies), sum(replies), median, dict(types))

@@ -12,7 +12,7 @@ from persona.errors import DataError
 from persona.evaluate.results import Replies
 from persona.evaluate.style.words import units
 from persona.files import scan_json, write_json
-from persona.records import Record
+from persona.records import Record, speaks_as_ai
 
 PREDICTIONS, BASE_PREDICTIONS = "predictions.json", "predictions_base.json"
 # What the three parts are called here, in LLaMA-Factory's generated_predictions.jsonl, and in other tools' files
@@ -21,12 +21,6 @@ _NAMES = {
     "predict": ("predict", "prediction", "generated", "response", "output", "completion"),
     "target": ("target", "label", "reference", "answer"),
 }
-_AS_AI = re.compile(
-    r"作为(?:一个|一名|一款)?\s*(?:大型|大)?\s*(?:AI|人工智能|语言模型|机器人|智能助手)|语言模型|人工智能助手"
-    r"|\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b|\blanguage model\b"
-    r"|\bI(?:'|’)?\s?a?m (?:just |only )?an? (?:AI|artificial intelligence|chatbot|virtual assistant)\b",
-    re.IGNORECASE,
-)
 _LABEL = re.compile(r"^[ \t]*([^\s:：][^:：\n]{0,39}?)[ \t]*[:：][ \t]*\S", re.MULTILINE)
 _ROLES = frozenset({"user", "assistant", "system", "human", "ai", "用户", "助手", "系统"})
 
@@ -173,8 +167,8 @@ def _units(text: str) -> list[str]:
 
 def breaks_character(reply: str, others: Collection[str]) -> str | None:
     """The words by which `reply` falls out of the character: as a language model, or as one of `others`; else None."""
-    if found := _AS_AI.search(reply):
-        return found[0]
+    if found := speaks_as_ai(reply):
+        return found
     return next((match[1] for match in _LABEL.finditer(reply) if match[1].casefold() in others), None)
 
 

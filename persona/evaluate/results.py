@@ -96,7 +96,7 @@ class Replies:
 
 @dataclass(frozen=True, config=PLAIN)
 class Answer:
-    """A reply to a question about the settings, and which of the key facts are in it."""
+    """A reply to a question about the lore, and which of the key facts are in it."""
 
     text: str
     found: tuple[str, ...]
@@ -113,12 +113,12 @@ class Question:
     """Asked under the system prompt of training."""
     without_system: Sides[Answer]
     trained: bool
-    """Whether the very question was learned, which is what settings are for, or held out."""
+    """Whether the very question was learned, which is what lore is for, or held out."""
 
 
 @dataclass(frozen=True, config=PLAIN)
 class Recall:
-    """Memory of the settings: share of the key facts that were found, mean over the questions."""
+    """Memory of the lore: share of the key facts that were found, mean over the questions."""
 
     with_system: Sides[Estimate]
     without_system: Sides[Estimate]

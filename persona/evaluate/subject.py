@@ -8,7 +8,7 @@ from typing import Literal
 from persona.config import Config
 from persona.errors import UsageError
 from persona.evaluate.predictions import Prediction, asked, read_predictions
-from persona.model.adapters import PersonaCard, kind_of, locate, merged_name, read_card, run_settings
+from persona.model.adapters import Persona, kind_of, locate, merged_name, read_persona, run_settings
 from persona.model.dataset import choose_system_prompt
 from persona.records import Record, read_records
 
@@ -41,7 +41,7 @@ class Subject:
     """What another model wrote, to compare `texts` with."""
     held_out: Measured
     trained: list[Record]
-    """Training conversations and settings; empty where their files are gone."""
+    """Training conversations and lore; empty where their files are gone."""
     output: Path
     notes: tuple[str, ...]
 
@@ -68,16 +68,16 @@ def read_subject(
         raise UsageError("This run has no held-out conversations (data.validation_file); name some with --data FILE.")
     path = Path(target).expanduser() if target is not None else None
     if path is not None and path.is_file() and path.suffix != ".gguf":
-        base = adapter = run = card = None
+        base = adapter = run = persona = None
         name, texts = path.stem, read_predictions(path)
     else:
         base, adapter = locate(config, target, False)
         run = _run_of(adapter)
-        card = read_card(adapter or base)
+        persona = read_persona(adapter or base)
         name = run.name if run is not None else merged_name(adapter or base)
         texts = None
     trained, notes = _training_data(config)
-    system = _system_prompt(config, card, trained, named=data is not None or adapter is not None)
+    system = _system_prompt(config, persona, trained, named=data is not None or adapter is not None)
     held_out = Path(config.data.validation_file)
     records = read_records(held_out)
     return Subject(
@@ -117,7 +117,7 @@ def _run_of(adapter: Path | None) -> Path | None:
 
 def _training_data(config: Config) -> tuple[list[Record], tuple[str, ...]]:
     trained, notes = [], []
-    for setting in ("train_file", "settings_file"):
+    for setting in ("train_file", "lore_file"):
         name = getattr(config.data, setting)
         if name is not None and Path(name).is_file():
             trained += read_records(Path(name))
@@ -126,13 +126,13 @@ def _training_data(config: Config) -> tuple[list[Record], tuple[str, ...]]:
     return trained, tuple(notes)
 
 
-def _system_prompt(config: Config, card: PersonaCard | None, trained: Sequence[Record], named: bool) -> str | None:
+def _system_prompt(config: Config, persona: Persona | None, trained: Sequence[Record], named: bool) -> str | None:
     """The one that was trained; raises `UsageError` where settings and model clearly belong to two personas."""
-    if card is None:
+    if persona is None:
         return choose_system_prompt(config.data, trained)
-    if not named and card.system_prompt != choose_system_prompt(config.data, trained):
+    if not named and persona.system_prompt != choose_system_prompt(config.data, trained):
         raise UsageError(
             f"These settings measure on {config.data.validation_file}, but the model was trained with another system "
             "prompt. Name its own held-out file with --data FILE, or its settings with --config FILE."
         )
-    return card.system_prompt
+    return persona.system_prompt

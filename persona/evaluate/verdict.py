@@ -124,7 +124,7 @@ def _character(count: int, replies: int) -> Said:
     return Said(
         "breaks_character",
         f"It breaks character: {text}.",
-        "Say in data.system_prompt who it is, and raise data.settings_weight or training.num_train_epochs.",
+        "Say in data.system_prompt who it is, and raise data.lore_weight or training.num_train_epochs.",
     )
 
 
@@ -132,7 +132,7 @@ def _memory(remembered: int, facts: int) -> Said:
     text = f"{remembered} of {facts} facts about the character are in its answers"
     if wilson(remembered, facts)[1] >= REMEMBERED:
         return Said("remembers", f"{text}.")
-    return Said("does_not_remember", f"It knows little of the character: {text}.", "Raise data.settings_weight.")
+    return Said("does_not_remember", f"It knows little of the character: {text}.", "Raise data.lore_weight.")
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------

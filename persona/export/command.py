@@ -4,7 +4,6 @@ import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from persona.export.gguf import check_output, convert_adapter, convert_model, pl
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, OUTTYPES, check_checkout, check_model
 from persona.export.ollama import modelfile
 from persona.files import write_json, write_text
-from persona.model.adapters import read_card
+from persona.model.adapters import read_persona
 from persona.model.dataset import read_system_prompt
-from persona.model.loading import load_tokenizer
-from persona.model.render import ChatFormat, Message, chat_format
+from persona.model.render import ChatFormat, Message
 from persona.records import read_records
 
 # --- character card ---------------------------------------------------------------------------------------------------
@@ -94,14 +92,6 @@ class Wanted:
         return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
 
-def spoken_format(base: Path, adapter: Path) -> ChatFormat:
-    """How the tuned model is spoken to: the base's tokenizer with the chat template that lies beside the adapter."""
-    card = read_card(adapter)
-    template = adapter / "chat_template.jinja"
-    day = date.fromisoformat(card.date) if card is not None else date.today()
-    return chat_format(load_tokenizer(base, str(template) if template.is_file() else None, day))
-
-
 def check_wanted(wanted: Wanted, base: Path, adapter: Path, merged: Path, fmt: ChatFormat, train_file: str) -> None:
     """Raise `UsageError` for what would fail later, when the model is merged. `merged` is the folder to be made."""
     outputs = [path for path in (wanted.gguf, wanted.gguf_adapter) if path is not None]
@@ -167,8 +157,8 @@ def _model(
 
 def _adapter(output: Path, llama_cpp: Path, base: Path, adapter: Path, fmt: ChatFormat, config: Config) -> str:
     tensors = convert_adapter(adapter, base, output, llama_cpp)
-    card, tokenizer = read_card(adapter), fmt.tokenizer
-    name = card.base_name if card is not None else base.name
+    persona, tokenizer = read_persona(adapter), fmt.tokenizer
+    name = persona.base_name if persona is not None else base.name
     base_file = output.with_name(name.rpartition("/")[2].removesuffix(".gguf") + ".gguf")
     said = (
         f"Written {output}: the adapter alone, all {tensors} matrices compared. It belongs on a GGUF file of its base; "
@@ -184,8 +174,8 @@ def _modelfile(
     gguf: Path, start: list[str], fmt: ChatFormat, adds_bos: bool, adapter: Path, config: Config
 ) -> list[str]:
     """Write the Modelfile beside `gguf` and return what a person should know of it."""
-    card, path = read_card(adapter), gguf.with_suffix(".Modelfile")
-    system = card.system_prompt if card is not None else None
+    persona, path = read_persona(adapter), gguf.with_suffix(".Modelfile")
+    system = persona.system_prompt if persona is not None else None
     made = modelfile(start, fmt, adds_bos, system, config.generation, config.data.max_length)
     write_text(path, f"{_OURS}ollama create {gguf.stem.lower()} -f {path.name}\n{made.text}")
     return made.notes
@@ -200,8 +190,8 @@ def _told(said: str, notes: list[str], gguf: Path, options: str) -> str:
 
 
 def _character_card(wanted: Wanted, output: Path, adapter: Path, config: Config, name: str) -> str:
-    card, character = read_card(adapter), wanted.character or name
-    system = card.system_prompt if card is not None else None
+    persona, character = read_persona(adapter), wanted.character or name
+    system = persona.system_prompt if persona is not None else None
     greeting = read_system_prompt(wanted.greeting, "--greeting") or ""
     records = read_records(Path(config.data.train_file)) if wanted.examples else []
     dialogues = [record.turns for record in records if record.meta.get("type", "dialogue") == "dialogue"]

@@ -26,7 +26,7 @@ from persona.export.gguf_check import (
     tensor_names,
 )
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_space, run_converter
-from persona.files import ADAPTER_WEIGHTS, publish_file, read_json_object, write_json
+from persona.files import ADAPTER_WEIGHTS, publish_file, read_json, write_json
 from persona.merge.adapter import PREFIX, read_adapter
 from persona.merge.changes import LowRank
 from persona.merge.weights import skeleton
@@ -182,7 +182,7 @@ def _as_trained(model: Path, fmt: ChatFormat) -> Iterator[Path]:
     It prefers the template in tokenizer_config.json, the base's own, to chat_template.jinja (gguf/vocab.py).
     """
     settings = model / "tokenizer_config.json"
-    values = read_json_object(settings) if settings.is_file() else {}
+    values = read_json(settings) if settings.is_file() else {}
     if values.pop("chat_template", fmt.tokenizer.chat_template) == fmt.tokenizer.chat_template:
         yield model
         return

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from persona.errors import DataError, UsageError
-from persona.files import ADAPTER_WEIGHTS, read_json_object
+from persona.files import ADAPTER_WEIGHTS, read_json
 from persona.merge.changes import Added, Change, Decomposed, LowRank, Replaced, Rows
 from persona.model.folders import check_safetensors
 
@@ -88,7 +88,7 @@ def _plain(key: str) -> str:
 
 def _read_config(folder: Path) -> LoraConfig:
     path = folder / "adapter_config.json"
-    values = read_json_object(path)
+    values = read_json(path)
     if values.get("peft_type") != "LORA":
         kind = values.get("peft_type") or "an unknown kind"
         raise UsageError(f"{folder} is no LoRA adapter ({kind}); only those can be merged.")

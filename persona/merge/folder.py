@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from persona.config import Generation
-from persona.files import ADAPTER_WEIGHTS, file_sha256, read_json_object, write_json, write_text
-from persona.model.adapters import CARD, PersonaCard, copy_tokenizer, model_card
+from persona.files import ADAPTER_WEIGHTS, file_sha256, read_json, write_json, write_text
+from persona.model.adapters import PERSONA, Persona, copy_tokenizer, model_card
 
 # What a base's own generation_config.json may say of the choice of words; ours takes the place of all of it
 _SAMPLING = {
@@ -24,26 +24,26 @@ LICENCE = "The base model's licence applies to this model too; read it before yo
 
 
 def describe_merged(
-    folder: Path, adapter: Path, title: str, card: PersonaCard | None, generation: Generation, dtype: str
+    folder: Path, adapter: Path, title: str, persona: Persona | None, generation: Generation, dtype: str
 ) -> None:
     """Complete the merged model in `folder`: sampling in generation_config.json, README.md and run.json.
 
     `adapter` is what was merged; the run it lies in tells what it was trained on and measured at.
     """
     path = folder / "generation_config.json"
-    kept = {key: value for key, value in read_json_object(path).items() if key not in _SAMPLING}
+    kept = {key: value for key, value in read_json(path).items() if key not in _SAMPLING}
     write_json(path, kept | sampling(generation))
     run = adapter.resolve().parent / "run.json"
-    trained = read_json_object(run) if run.is_file() else {}
+    trained = read_json(run) if run.is_file() else {}
     record = {
         "merged": {"adapter_sha256": file_sha256(adapter / ADAPTER_WEIGHTS), "dtype": dtype},
-        "persona": asdict(card) if card is not None else None,
+        "persona": asdict(persona) if persona is not None else None,
         "trained": without_paths(trained),
     }
     write_json(folder / "run.json", record)
-    if card is not None:
+    if persona is not None:
         facts = trained.get("counts", {}) | trained.get("summary", {}) | {"weights": dtype}
-        write_text(folder / "README.md", model_card(card, title, facts, LICENCE, merged=True))
+        write_text(folder / "README.md", model_card(persona, title, facts, LICENCE, merged=True))
 
 
 def sampling(generation: Generation) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def without_paths(record: dict[str, Any]) -> dict[str, Any]:
     """The record of a run with the last part of each file's and folder's path alone."""
     settings = json.loads(json.dumps(record.get("settings", {})))
     for section, keys in {
-        "data": ("train_file", "validation_file", "settings_file", "system_prompt"),
+        "data": ("train_file", "validation_file", "lore_file", "system_prompt"),
         "model": ("name_or_path", "chat_template"),
     }.items():
         values = settings.get(section) or {}
@@ -82,35 +82,30 @@ def _last(path: str) -> str:
 
 
 def _write_rest(
-    base: Path, adapter: Path, folder: Path, dtype: torch.dtype, card: PersonaCard | None, untied: bool
+    base: Path, adapter: Path, folder: Path, dtype: torch.dtype, persona: Persona | None, untied: bool
 ) -> None:
     """Configuration, tokenizer, chat template and generation configuration with every token that ends a reply."""
-    from datetime import date
-
     from transformers import AutoConfig, GenerationConfig
 
-    from persona.model.loading import load_tokenizer
-    from persona.model.render import chat_format
+    from persona.model.loading import trained_format
 
-    config = read_json_object(base / "config.json")
+    config = read_json(base / "config.json")
     config.pop("torch_dtype", None)
     if untied:
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"]["tie_word_embeddings"] = False
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-    template = adapter / "chat_template.jinja"
-    day = date.fromisoformat(card.date) if card is not None else date.today()
-    tokenizer = load_tokenizer(base, str(template) if template.is_file() else None, day)
-    copy_tokenizer(base, folder, tokenizer.chat_template)
+    fmt = trained_format(base, adapter)
+    copy_tokenizer(base, folder, fmt.tokenizer.chat_template)
     name = "generation_config.json"
     if (base / name).is_file():
-        generation = read_json_object(base / name)
+        generation = read_json(base / name)
     else:
         generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_diff_dict()
     own = generation.get("eos_token_id")
-    ends = [chat_format(tokenizer).end_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = [fmt.end_id, fmt.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     # not by transformers, which refuses to save what it loads: that of Llama 2, for one
     write_json(folder / name, generation | {"eos_token_id": sorted({i for i in ends if i is not None})})
-    if card is not None:
-        write_json(folder / CARD, asdict(card))
+    if persona is not None:
+        write_json(folder / PERSONA, asdict(persona))

@@ -21,10 +21,10 @@ from persona.files import publish, recover, write_json
 from persona.merge.adapter import read_adapter
 from persona.merge.folder import _write_rest
 from persona.merge.weights import Output, header, outputs, shards, skeleton, stored_tensors, write
-from persona.model.adapters import CARD, TOKENIZER_FILES, check_base
+from persona.model.adapters import PERSONA, TOKENIZER_FILES, check_base
 from persona.model.folders import check_model_folder
 
-_OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", "README.md", "run.json", CARD}
+_OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", "README.md", "run.json", PERSONA}
 _OWN_FILES |= {*TOKENIZER_FILES}
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 WORKERS = 2  # tensors at a time: one is computed while the other is read or written
@@ -75,7 +75,7 @@ def merge(
     """
     check_model_folder(base)
     _check_paths(base, adapter, output)
-    card = check_base(adapter, base)
+    persona = check_base(adapter, base)
     folder = output.resolve()
     stagings = [folder.with_name(f".staging-{folder.name}{suffix}") for suffix in ("", "-4bit")]
     best: tuple[float, Path, MergeReport] | None = None
@@ -88,8 +88,8 @@ def merge(
             _check_space(plan, folder, len(held) - number)
             staging.mkdir(parents=True)
             report = replace(_write_weights(plan, staging, shard_bytes, dtype), folder=output, untied=untied,
-                             verified_base=card is not None, held=form[0] if form is not None else None)  # fmt: skip
-            _write_rest(base, adapter, staging, dtype, card, untied)
+                             verified_base=persona is not None, held=form[0] if form is not None else None)  # fmt: skip
+            _write_rest(base, adapter, staging, dtype, persona, untied)
             complete(staging)
             loss = check(staging, report.held) if check is not None else 0.0
             if best is None or loss < best[0]:
@@ -139,8 +139,8 @@ def _check_paths(base: Path, adapter: Path, output: Path) -> None:
     if strange:
         names = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
         raise UsageError(f"{output} would be replaced, but holds what no merge wrote: {names}. Move it, or {another}")
-    if found and CARD not in found:
-        raise UsageError(f"{output} exists and is no merged model of ours (no {CARD}); remove it, or {another}")
+    if found and PERSONA not in found:
+        raise UsageError(f"{output} exists and is no merged model of ours (no {PERSONA}); remove it, or {another}")
 
 
 def _check_space(plan: Sequence[Output], folder: Path, times: int) -> None:

@@ -7,7 +7,6 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from persona.config import Data, Quantization
 from persona.engine.loss import supervised_logits
 from persona.engine.packing import pack
 from persona.errors import DataError, PersonaError, VerificationFailed
-from persona.files import read_json_object
+from persona.files import read_json
 from persona.merge.changes import held_in_4_bits
 from persona.merge.merge import Check
 from persona.merge.weights import skeleton
-from persona.model.adapters import read_card
+from persona.model.adapters import read_persona
 from persona.model.dataset import render_records
-from persona.model.loading import DTYPES, enough_memory, load_adapter, load_base, load_tokenizer
-from persona.model.render import ChatFormat, Example, chat_format
+from persona.model.loading import DTYPES, enough_memory, load_adapter, load_base, trained_format
+from persona.model.render import ChatFormat, Example
 from persona.records import Record, read_records
 
 POSITIONS = 512  # tokens of replies that are compared
@@ -142,11 +141,8 @@ def prepare(
     place = place_for(base)
     if place is None:
         return None
-    card = read_card(adapter)
-    template = adapter / "chat_template.jinja"
-    day = date.fromisoformat(card.date) if card is not None else date.today()
-    fmt = chat_format(load_tokenizer(base, str(template) if template.is_file() else None, day))
-    texts = held_out(data, fmt, card.system_prompt if card is not None else None)
+    persona = read_persona(adapter)
+    texts = held_out(data, trained_format(base, adapter), persona.system_prompt if persona is not None else None)
 
     def tell(held: Quantization | None, verdict: Verdict) -> None:
         into = "" if held is None else " into the weights as training in 4 bits saw them"
@@ -158,7 +154,7 @@ def prepare(
 def trained_in(adapter: Path) -> torch.dtype:
     """The number format in which the run behind `adapter` computed; bfloat16 where nothing says it."""
     path = adapter.resolve().parent / "run.json"
-    resolved = read_json_object(path).get("resolved") if path.is_file() else None
+    resolved = read_json(path).get("resolved") if path.is_file() else None
     return DTYPES.get(resolved.get("precision", "") if isinstance(resolved, dict) else "", torch.bfloat16)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from persona.config import DEFAULT_CONFIG, Config, load_config
 from persona.errors import UsageError
-from persona.files import ADAPTER_WEIGHTS, publish, read_json_object, write_json
+from persona.files import ADAPTER_WEIGHTS, appearing, read_json, write_json
 from persona.model.folders import fingerprint, read_config
 from persona.model.sources import resolve_model
 
-CARD = "persona.json"
+PERSONA = "persona.json"
 # What belongs to a tokenizer in a Hugging Face folder; these travel byte for byte, because a tokenizer that is loaded
 # and saved again no longer has the hash by which llama.cpp's converter knows it.
 TOKENIZER_FILES = (
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True)
-class PersonaCard:
+class Persona:
     """What must be the same in training, chat, evaluation and merge."""
 
     base_name: str
@@ -42,31 +42,31 @@ class PersonaCard:
     """Day that a template which writes the date was fixed to, ISO 8601."""
 
 
-def read_card(folder: Path) -> PersonaCard | None:
-    """The card in `folder`, or None when another tool made the folder; raises `UsageError` for one of another form."""
-    path = folder / CARD
+def read_persona(folder: Path) -> Persona | None:
+    """The persona in `folder`, None when another tool made the folder; raises `UsageError` for one of another form."""
+    path = folder / PERSONA
     if not path.is_file():
         return None
-    values = read_json_object(path)
+    values = read_json(path)
     advice = "Copy the folder again completely, or use the version of this toolkit that wrote it."
-    if odd := sorted(values.keys() ^ {field.name for field in fields(PersonaCard)}):
+    if odd := sorted(values.keys() ^ {field.name for field in fields(Persona)}):
         raise UsageError(f"{path}: missing or unknown: {', '.join(odd)}. {advice}")
     try:
         date.fromisoformat(values["date"])
     except (TypeError, ValueError):
         raise UsageError(f"{path}: date: found {json.dumps(values['date'])}; expected 2024-05-01. {advice}") from None
-    return PersonaCard(**values)
+    return Persona(**values)
 
 
-def check_base(adapter: Path, base: Path) -> PersonaCard | None:
-    """The card of `adapter`; raises `UsageError` when it was trained on other weights than those in `base`."""
-    card = read_card(adapter)
-    if card is not None and card.base_fingerprint != fingerprint(base):
+def check_base(adapter: Path, base: Path) -> Persona | None:
+    """The persona of `adapter`; raises `UsageError` when it was trained on other weights than those in `base`."""
+    persona = read_persona(adapter)
+    if persona is not None and persona.base_fingerprint != fingerprint(base):
         raise UsageError(
-            f"{adapter} was trained on {card.base_name}, but {base} holds other weights. Set model.name_or_path to the "
-            "model it was trained on."
+            f"{adapter} was trained on {persona.base_name}, but {base} holds other weights. Set model.name_or_path "
+            "to the model it was trained on."
         )
-    return card
+    return persona
 
 
 def public_name(name: str) -> str:
@@ -149,32 +149,29 @@ def copy_tokenizer(base: Path, target: Path, chat_template: str) -> None:
     template.write_text(chat_template, encoding="utf-8", newline="\n")
 
 
-def write_adapter(run: Path, source: Path, base: Path, chat_template: str, card: PersonaCard, model_card: str) -> Path:
+def write_adapter(run: Path, source: Path, base: Path, chat_template: str, persona: Persona, model_card: str) -> Path:
     """`run/adapter` from the checkpoint `source`, weights byte for byte; it appears complete or not at all."""
-    staging, target = run / ".staging-adapter", run / "adapter"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
-        shutil.copyfile(source / name, staging / name)
-    copy_tokenizer(base, staging, chat_template)
-    write_json(staging / CARD, asdict(card))
-    (staging / "README.md").write_text(model_card, encoding="utf-8", newline="\n")
-    publish(staging, target)
-    return target
+    with appearing(run / "adapter") as folder:
+        for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
+            shutil.copyfile(source / name, folder / name)
+        copy_tokenizer(base, folder, chat_template)
+        write_json(folder / PERSONA, asdict(persona))
+        (folder / "README.md").write_text(model_card, encoding="utf-8", newline="\n")
+    return run / "adapter"
 
 
-def model_card(card: PersonaCard, title: str, facts: dict[str, Any], license_note: str, merged: bool = False) -> str:
+def model_card(persona: Persona, title: str, facts: dict[str, Any], license_note: str, merged: bool = False) -> str:
     """A model card in the hub's form: where the model comes from and what it was measured at, no line of the data."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    front = ["---", f"base_model: {json.dumps(card.base_name, ensure_ascii=False)}"]
+    front = ["---", f"base_model: {json.dumps(persona.base_name, ensure_ascii=False)}"]
     front += [f"library_name: {'transformers' if merged else 'peft'}", "tags:", *([] if merged else ["- lora"])]
     front += ["- persona", "---"]
     what = (
-        f"A language model that speaks as a character or writes as an author: `{card.base_name}` with a LoRA adapter "
-        "merged into its weights."
+        f"A language model that speaks as a character or writes as an author: `{persona.base_name}` with a LoRA "
+        "adapter merged into its weights."
         if merged
         else "A LoRA adapter that speaks as a character or writes as an author, trained on top of "
-        f"`{card.base_name}` with the persona toolkit."
+        f"`{persona.base_name}` with the persona toolkit."
     )
     return (
         "\n".join(front) + f"\n\n# {title}\n\n{what}\n\n| | |\n|---|---|\n{rows}\n\n"

@@ -105,6 +105,6 @@ def read_data(data: Data, seed: int) -> Records:
     """Read every file that the data settings name; raises `DataError` or `UsageError` with the place."""
     train = read_records(Path(data.train_file))
     held_out = read_records(Path(data.validation_file)) if data.validation_file is not None else []
-    settings = read_records(Path(data.settings_file)) if data.settings_file is not None else []
+    settings = read_records(Path(data.lore_file)) if data.lore_file is not None else []
     system = choose_system_prompt(data, train)
-    return Records([*train, *repeat_weighted(settings, data.settings_weight, seed)], held_out, system)
+    return Records([*train, *repeat_weighted(settings, data.lore_weight, seed)], held_out, system)

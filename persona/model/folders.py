@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from persona.errors import UsageError
-from persona.files import AGAIN, read_json_object
+from persona.files import AGAIN, read_json
 
 _POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of large files
 
@@ -16,7 +16,7 @@ _POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in pla
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json in `folder`, or an empty dict."""
     path = folder / "config.json"
-    return read_json_object(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def missing_parts(folder: Path) -> list[str]:
@@ -33,7 +33,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model: those its index names, or else all but Mistral's second copy."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        places = read_json_object(index).get("weight_map")
+        places = read_json(index).get("weight_map")
         names = set(map(str, places.values())) if isinstance(places, dict) else set()
         if not names or not all(name.endswith(".safetensors") for name in names):
             raise UsageError(f"{index}: expected weight_map, the safetensors file of every tensor. {AGAIN}")

@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from persona.config import Lora, Quantization
 from persona.errors import EnvironmentFault, OutOfMemory, UsageError
-from persona.model.render import BUILTIN_TEMPLATE, freeze_date
+from persona.model.adapters import read_persona
+from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format, freeze_date
 
 # PEFT 0.21 reads a property that transformers 5.23 deprecates
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -53,7 +54,7 @@ def choose_device(setting: str) -> torch.device:
     if setting == "cuda" and not torch.cuda.is_available():
         build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none: a CPU build)'}"
         raise EnvironmentFault(
-            f"model.device is cuda, but no usable CUDA card was found; {build}. Check `nvidia-smi`, install a CUDA "
+            f"model.device is cuda, but no usable NVIDIA GPU was found; {build}. Check `nvidia-smi`, install a CUDA "
             'build of torch (https://pytorch.org/get-started/locally), or set model.device to "auto".'
         )
     return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
@@ -62,7 +63,7 @@ def choose_device(setting: str) -> torch.device:
 def choose_precision(setting: str, device: torch.device) -> str:
     """`bf16`, `fp16` or `fp32` for `training.precision` on `device`."""
     if setting == "fp16" and device.type == "cpu":
-        raise UsageError('training.precision: fp16 needs a CUDA card; use "auto", "bf16" or "fp32" on the CPU.')
+        raise UsageError('training.precision: fp16 needs an NVIDIA GPU; use "auto", "bf16" or "fp32" on the CPU.')
     if setting != "auto":
         return setting
     if device.type == "cuda":
@@ -97,6 +98,19 @@ def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
         tokenizer.chat_template = BUILTIN_TEMPLATE
     tokenizer.chat_template = freeze_date(tokenizer.chat_template, day)
     return tokenizer
+
+
+def trained_format(base: Path, adapter: Path | None, chat_template: str | None = None) -> ChatFormat:
+    """How a model is spoken to: `base`'s tokenizer with the template and date saved with `adapter` or the merged model.
+
+    Where nothing was trained, or another tool left no template, it is `chat_template` or the model's own.
+    """
+    trained = adapter or base
+    persona = read_persona(trained)
+    day = date.fromisoformat(persona.date) if persona is not None else date.today()
+    saved = trained / "chat_template.jinja"
+    as_trained = saved.is_file() and (adapter is not None or persona is not None)
+    return chat_format(load_tokenizer(base, str(saved) if as_trained else chat_template, day))
 
 
 def _check_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -44,7 +44,7 @@ class Conversation:
 
 def start(speaker: Speaker, system: str | None) -> Conversation:
     """A conversation under `system`, or under the system prompt the model was trained with."""
-    trained = speaker.card.system_prompt if speaker.card is not None else None
+    trained = speaker.persona.system_prompt if speaker.persona is not None else None
     return Conversation(speaker, read_system_prompt(system, "--system") if system is not None else trained)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from persona.config import Config, Generation
-from persona.model.adapters import PersonaCard, check_base, read_card
-from persona.model.loading import choose_device, choose_precision, load_adapter, load_base, load_tokenizer, stop_ids
-from persona.model.render import ChatFormat, Message, chat_format, fit, prompt_room
+from persona.model.adapters import Persona, check_base, read_persona
+from persona.model.loading import choose_device, choose_precision, load_adapter, load_base, stop_ids, trained_format
+from persona.model.render import ChatFormat, Message, fit, prompt_room
 
 
 class _Streamer(BaseStreamer):
@@ -61,7 +60,7 @@ class Speaker:
     generation: Generation
     max_length: int
     """`data.max_length`; older exchanges are dropped from a prompt to fit, as in training."""
-    card: PersonaCard | None
+    persona: Persona | None
     kind: str
     """`adapter`, `model` (merged) or `base`."""
 
@@ -103,17 +102,13 @@ class Speaker:
 
 def load_speaker(config: Config, base: Path, adapter: Path | None, in_4bit: bool) -> Speaker:
     """The model in `base`, with `adapter` on top when there is one, held in 4 bits or in the run's precision."""
-    card = check_base(adapter, base) if adapter is not None else read_card(base)
+    persona = check_base(adapter, base) if adapter is not None else read_persona(base)
     device = choose_device(config.model.device)
     precision = choose_precision(config.training.precision, device)
-    day = date.fromisoformat(card.date) if card is not None else date.today()
-    tokenizer = load_tokenizer(base, config.model.chat_template, day)
-    template = (adapter or base) / "chat_template.jinja"
-    if template.is_file() and (adapter is not None or card is not None):  # as trained, dates fixed
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    fmt = trained_format(base, adapter, config.model.chat_template)
     quantization = config.quantization.model_copy(update={"load_in_4bit": in_4bit})
     model = load_base(base, quantization, precision, device)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    kind = "adapter" if adapter is not None else "model" if card is not None else "base"
-    return Speaker(model.eval(), chat_format(tokenizer), config.generation, config.data.max_length, card, kind)
+    kind = "adapter" if adapter is not None else "model" if persona is not None else "base"
+    return Speaker(model.eval(), fmt, config.generation, config.data.max_length, persona, kind)

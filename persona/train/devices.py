@@ -34,7 +34,7 @@ class Devices:
     count: int
     """Processes of the run, over all machines."""
     local_rank: int
-    """Number of this process on its machine, and of its card."""
+    """Number of this process on its machine, and of its GPU."""
     sharded: bool = False
     """Whether the base model is shared out, so that no process can compute without the others."""
     in_passes: bool = False
@@ -120,14 +120,14 @@ class Devices:
         return loss[0]
 
     def take_card(self, device: Any) -> None:
-        """Make this process's card the current one; raises `UsageError` when there are more processes than cards."""
+        """Make this process's GPU the current one; raises `UsageError` when there are more processes than GPUs."""
         import torch
 
         if self.count == 1 or device.type != "cuda":
             return
         cards = torch.cuda.device_count()
         if self.local_rank >= cards:
-            raise UsageError(f"More processes than CUDA cards ({cards}) on one machine; start one for each card.")
+            raise UsageError(f"More processes than GPUs ({cards}) on one machine; start one for each GPU.")
         torch.cuda.set_device(self.local_rank)
 
     def own_random_numbers(self, seed: int) -> None:

@@ -17,7 +17,7 @@ from persona.console import dim, duration, excerpt, green, safe, table
 from persona.engine.trial import keep_rows, prepare_layout
 from persona.errors import UsageError
 from persona.files import write_json, write_text
-from persona.model.adapters import PersonaCard, model_card, write_adapter
+from persona.model.adapters import Persona, model_card, write_adapter
 from persona.model.dataset import Dataset, Records, read_data, render_records, with_system
 from persona.model.folders import read_config
 from persona.model.loading import (
@@ -325,11 +325,11 @@ def _finish(
     load_weights(trainer.model, checkpoint)
     facts = summary(trainer, checkpoint, precision)
     base, day = identity["base"], material.day.isoformat()
-    card = PersonaCard(base["name"], base["fingerprint"], material.system, day)
+    persona = Persona(base["name"], base["fingerprint"], material.system, day)
     note = "The base model's licence applies to this adapter too; read it before you publish."
     counts = {"data": _counts(material)}
-    text = model_card(card, run.name, counts | facts, note)
-    adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, card, text)
+    text = model_card(persona, run.name, counts | facts, note)
+    adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, persona, text)
     findings = of_training(read_history(run), material.held_out.supervised, trainer.per_epoch)
     said = [asdict(finding) for finding in findings]
     write_json(run / "run.json", identity | {"counts": counts, "summary": facts, "verdict": said})
@@ -337,7 +337,7 @@ def _finish(
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
     question = _question(material)
     if not trainer.devices.sharded:  # this process alone cannot compute with its part of the model
-        said = safe(_speak_once(material, trainer, card, question))
+        said = safe(_speak_once(material, trainer, persona, question))
         report(f"\n  asked: {safe(question[-1]['content'])}\n  says:  {said}\n")
     report(f"Verdict:\n{as_text(findings)}\n")
     report(next_commands(run))
@@ -353,10 +353,10 @@ def _counts(material: Material) -> str:
     )
 
 
-def _speak_once(material: Material, trainer: Trainer, card: PersonaCard, question: list[Message]) -> str:
+def _speak_once(material: Material, trainer: Trainer, persona: Persona, question: list[Message]) -> str:
     config = material.config
     torch.manual_seed(config.seed)
     trainer.model.eval()
-    speaker = Speaker(trainer.model, material.fmt, config.generation, config.data.max_length, card, "adapter")
+    speaker = Speaker(trainer.model, material.fmt, config.generation, config.data.max_length, persona, "adapter")
     with trainer.accelerator.autocast():
         return speaker.reply(question, lambda _: None)

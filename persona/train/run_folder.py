@@ -126,7 +126,7 @@ def identity_of(config: Config, base: Path, system: str | None, day: date, resol
         section, _, key = setting.partition(".")
         del learned[section][key]
     data = config.data
-    files = (data.train_file, data.validation_file, data.settings_file, config.model.chat_template)
+    files = (data.train_file, data.validation_file, data.lore_file, config.model.chat_template)
     return {
         "date": day.isoformat(),
         "settings": learned,

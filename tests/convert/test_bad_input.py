@@ -338,7 +338,7 @@ def test_extra_keys_are_kept_and_double_ids_noticed():  # 56, 57
         ("[图片]", "media or links"),
         ("question 0", "copy the prompt"),  # 70
         ("z" * 300, "one character over and over"),  # 71
-        ("As an AI language model, I cannot.", "refusals"),  # 73
+        ("As an AI language model, I cannot.", "speak as an AI"),  # 73
         ("<think>hm</think> yes", "thinking"),
     ],
 )
@@ -373,7 +373,7 @@ def test_the_split_hardly_moves_when_rows_are_added():  # 81
 
 @pytest.mark.parametrize(
     "options",
-    [{"settings_weight": 0.5}, {"max_record": 0}, {"max_gap": -1}, {"min_chars": -1}, {"chunk_tokens": (800, 300)}],
+    [{"lore_weight": 0.5}, {"max_record": 0}, {"max_gap": -1}, {"min_chars": -1}, {"chunk_tokens": (800, 300)}],
 )
 def test_options_are_bounded(options):
     with pytest.raises(UsageError, match="--"):

@@ -120,7 +120,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(tmp_path):
 
 def test_check_reports_on_converted_files(tmp_path):
     data = ROOT / "data" / "tamsin"
-    done = run("--check", data / "train.jsonl", data / "val.jsonl", data / "settings.jsonl")
+    done = run("--check", data / "train.jsonl", data / "val.jsonl", data / "lore.jsonl")
     assert done.returncode == 0, done.stderr
     assert "train.jsonl: 156 records (dialogue 156), 0 of them repetitions" in done.stdout
     assert "no group, conversation or reply stands both in training and in validation" in done.stdout

@@ -233,7 +233,7 @@ LINES = [
 def test_the_three_kinds_of_lines():
     conversion = convert_data(LINES, characters=("芙",), background=("生日",), drop_lines=LINE_KINDS)
     kinds = [record.meta["type"] for record in conversion.records]
-    assert kinds == ["dialogue", "dialogue", "settings_qa", *["settings_background"] * 3]
+    assert kinds == ["dialogue", "dialogue", "lore_qa", *["lore_background"] * 3]
     assert said(conversion) == [
         ("s", "你现在是芙。请模仿芙的语气、口癖和性格进行对话。"),
         ("u", "你好"),
@@ -254,25 +254,25 @@ def test_the_three_kinds_of_lines():
 
 
 @pytest.mark.parametrize(("weight", "times"), [(1, 4), (2.5, 10), (5, 20)])
-def test_settings_are_weighted_exactly(weight, times):
-    conversion = convert_data(LINES, characters=("芙",), val_ratio=0, settings_weight=weight)
+def test_lore_is_weighted_exactly(weight, times):
+    conversion = convert_data(LINES, characters=("芙",), val_ratio=0, lore_weight=weight)
     kinds = [record.meta["type"] for record in conversion.train]
     assert kinds.count("dialogue") == 3
     assert len(kinds) - 3 == times
-    apart = convert_data(LINES, characters=("芙",), settings_apart=True, settings_weight=weight)
-    assert len(apart.settings) == 4
+    apart = convert_data(LINES, characters=("芙",), lore_apart=True, lore_weight=weight)
+    assert len(apart.lore) == 4
     assert {record.meta["type"] for record in apart.train + apart.validation} == {"dialogue"}
 
 
-def test_settings_come_back_as_they_were(tmp_path):
+def test_lore_comes_back_as_it_was(tmp_path):
     path = tmp_path / "in.json"
     path.write_text(json.dumps(LINES), encoding="utf-8")
-    convert_paths(path, output=tmp_path / "a", characters=("芙",), settings_weight=2.5, val_ratio=0)
+    convert_paths(path, output=tmp_path / "a", characters=("芙",), lore_weight=2.5, val_ratio=0)
     convert_paths(tmp_path / "a" / "train.jsonl", output=tmp_path / "b", val_ratio=0)
     assert (tmp_path / "a" / "train.jsonl").read_bytes() == (tmp_path / "b" / "train.jsonl").read_bytes()
-    convert_paths(path, output=tmp_path / "c", characters=("芙",), settings_apart=True)
-    convert_paths(tmp_path / "c" / "settings.jsonl", output=tmp_path / "d", val_ratio=0)
-    assert (tmp_path / "c" / "settings.jsonl").read_bytes() == (tmp_path / "d" / "train.jsonl").read_bytes()
+    convert_paths(path, output=tmp_path / "c", characters=("芙",), lore_apart=True)
+    convert_paths(tmp_path / "c" / "lore.jsonl", output=tmp_path / "d", val_ratio=0)
+    assert (tmp_path / "c" / "lore.jsonl").read_bytes() == (tmp_path / "d" / "train.jsonl").read_bytes()
 
 
 def test_personal_data():

@@ -240,7 +240,7 @@ def test_unusable_files_name_the_place_and_the_fix(data, message):
         ('{"instruction": "a', "ends inside a value"),
         ("// ...", "a comment"),
         ("...", "the placeholder"),
-        ('{"instruction": "a", "instruction": "b"}', 'the key "instruction" stands 2 times'),
+        ('{"instruction": "a", "instruction": "b"}', 'the key "instruction" is there 2 times'),
         ('{"instruction": NaN, "output": "b"}', "NaN is not JSON"),
         ('{"instruction": "a", "output": ' + "[" * 70 + "]" * 70 + "}", "deeper than 64"),
         ('{"instruction": "a", "output": ' + "[" * 50_000 + "]" * 50_000 + "}", "deeper than 64"),

@@ -87,7 +87,7 @@ def test_converting_the_output_changes_no_byte(tmp_path):
     first = (tmp_path / "a" / "train.jsonl").read_bytes()
     assert first == (tmp_path / "b" / "train.jsonl").read_bytes()
     unique = sum(count for _, count, _ in EXPECTED.values())
-    assert first.count(b"\n") == unique + 4 * 5, "five settings stand five times"
+    assert first.count(b"\n") == unique + 4 * 5, "five lore records stand five times"
 
 
 def test_same_input_same_bytes_and_the_order_of_rows_does_not_matter(tmp_path):
@@ -207,19 +207,19 @@ def test_what_is_written(tmp_path):
 
 def said(validation):
     names = {"train": "train.jsonl", "val": "val.jsonl"}
-    return {"val": validation, "names": names, "settings": 0, "settings_weight": None}
+    return {"val": validation, "names": names, "lore": 0, "lore_weight": None}
 
 
 def test_the_next_command_leaves_nothing_of_the_sample_in_force(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rest = "--set data.settings_file=null --set data.system_prompt=null --set training.output_dir=outputs/mine"
+    rest = "--set data.lore_file=null --set data.system_prompt=null --set training.output_dir=outputs/mine"
     train = "python finetune.py --set data.train_file=data/mine/train.jsonl --set data.validation_file="
     assert next_command(said(3), Path("data/mine")) == f"{train}data/mine/val.jsonl {rest}"
     assert next_command(said(0), Path("data/mine")) == f"{train}null {rest}"
     assert '--set "data.train_file=my data/train.jsonl"' in next_command(said(0), Path("my data"))
 
 
-def test_the_sample_has_its_settings_already(monkeypatch):
+def test_the_sample_has_its_lore_already(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent.parent)
     trained = json.loads(Path("config/default.json").read_text("utf-8"))["data"]["train_file"]
     assert next_command(said(3), Path(trained).parent) == "python finetune.py"

@@ -66,7 +66,7 @@ OPTIONS = st.fixed_dictionaries(
         "min_chars": st.integers(0, 3),
         "max_chars": st.integers(1, 20),
         "too_long": st.sampled_from(["reject", "truncate", "split"]),
-        "settings_weight": st.sampled_from([1, 2.5, 5]),
+        "lore_weight": st.sampled_from([1, 2.5, 5]),
         "context_turns": st.integers(1, 3),
         "max_exchanges": st.integers(1, 3),
         "val_ratio": st.sampled_from([0, 0.1, 0.5]),

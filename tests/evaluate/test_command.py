@@ -24,25 +24,25 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def world(folder):
-    """Settings of which one question has its facts given."""
+    """Lore of which one question has its facts given."""
     records = [
         {
             "messages": [
                 {"role": "user", "content": f"Who is number {number}?"},
                 {"role": "assistant", "content": f"Aye, that is Captain Herring{number}."},
             ],
-            "meta": {"type": "settings_qa", "keywords": [f"Herring{number}"]},
+            "meta": {"type": "lore_qa", "keywords": [f"Herring{number}"]},
         }
         for number in range(6)
     ]
-    return write_jsonl(folder / "settings.jsonl", records)
+    return write_jsonl(folder / "lore.jsonl", records)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny_model):
     """A folder with a finished run in outputs/tiny whose adapter knows its lines."""
     folder = tmp_path_factory.mktemp("evaluate 评估")
-    data = {"settings_file": str(world(folder))}
+    data = {"lore_file": str(world(folder))}
     made = config(
         folder,
         tiny_model,
@@ -210,7 +210,7 @@ def test_training_data_that_is_gone_is_said(home, tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(values), encoding="utf-8")
     subject = subject_of(str(tmp_path / "run"))
     assert any("gone.jsonl" in note for note in subject.notes)
-    assert len(subject.trained) == 6  # the settings are still there
+    assert len(subject.trained) == 6  # the lore is still there
 
 
 def test_the_report_holds_everything_and_every_part_agrees(home, tmp_path):
@@ -233,7 +233,7 @@ def test_the_report_holds_everything_and_every_part_agrees(home, tmp_path):
     assert found.curve.held_out[0][0] == 0
     assert found.curve.best == found.curve.held_out[-1][0]
     assert found.settings["data"]["max_length"] == 256
-    assert [one.file for one in found.data] == ["train.jsonl", "settings.jsonl", "val.jsonl"]
+    assert [one.file for one in found.data] == ["train.jsonl", "lore.jsonl", "val.jsonl"]
     assert {"base", "adapter", "val.jsonl"} <= found.hashes.keys()
     assert "sacrebleu" in found.versions
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")

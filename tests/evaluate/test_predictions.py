@@ -77,7 +77,7 @@ def test_texts_of_other_tools_are_read(tmp_path, text, expected):
         ("a.json", b'[{"text": "a"}]', "found no reply"),
         ("a.json", b'[{"predict": "a"},', "not JSON"),
         ("a.jsonl", b'{"predict": "a"}\n{"predict": ', ":2: not JSON"),
-        ("a.jsonl", b'{"predict": "a", "predict": "b"}', "stands 2 times"),
+        ("a.jsonl", b'{"predict": "a", "predict": "b"}', "is there 2 times"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_place(tmp_path, name, content, words):
@@ -168,17 +168,17 @@ def test_the_own_name_is_no_other_speaker():
     assert "tamsin" not in others
 
 
-# --- the settings ----------------------------------------------------------------------------------------------------
+# --- the lore --------------------------------------------------------------------------------------------------------
 
 WORLD = [
-    record("What is your cat called?", "Aye, he's Admiral Biscuit, ginger and fat.", type="settings_qa"),
+    record("What is your cat called?", "Aye, he's Admiral Biscuit, ginger and fat.", type="lore_qa"),
     record(
         "What is your boat?",
         "Aye, the Soup Ladle, and she leaks.",
-        type="settings_qa",
+        type="lore_qa",
         keywords=["Soup Ladle", "leaks"],
     ),
-    record("What is your cat called?", "Aye, another answer.", type="settings_qa"),
+    record("What is your cat called?", "Aye, another answer.", type="lore_qa"),
     record("Good day.", "Aye, says Old Meg. Admiral Biscuit sleeps.", type="dialogue"),
 ]
 

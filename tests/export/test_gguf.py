@@ -18,7 +18,7 @@ from persona.export import gguf
 from persona.export.gguf import check_output, convert_adapter, convert_model
 from persona.export.gguf_check import fields_of, open_gguf
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_model, run_converter
-from persona.files import read_json_object
+from persona.files import read_json
 from persona.model.loading import load_tokenizer
 from persona.model.render import chat_format
 from persona.model.sources import EMBEDDED, cache_folder
@@ -168,7 +168,7 @@ def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, 
     """llama.cpp's converter prefers the one in tokenizer_config.json, which is the base's."""
     folder = tmp_path / "with a template"
     shutil.copytree(model, folder)
-    settings = read_json_object(folder / "tokenizer_config.json") | {"chat_template": "{{ 'another' }}"}
+    settings = read_json(folder / "tokenizer_config.json") | {"chat_template": "{{ 'another' }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     before = sorted(path.name for path in tmp_path.iterdir())
     made = convert(folder=folder)
@@ -264,7 +264,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused(model, checkout, tmp_path,
 def changed(folder, target, **settings):
     """A copy of an adapter with other settings."""
     shutil.copytree(folder, target)
-    values = read_json_object(target / "adapter_config.json") | settings
+    values = read_json(target / "adapter_config.json") | settings
     (target / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
     return target
 
@@ -275,7 +275,7 @@ def changed(folder, target, **settings):
 def copied(model, target, tensors=None, **config):
     """A copy of a model with other settings, and tensors changed by a function of all of them."""
     shutil.copytree(model, target)
-    values = read_json_object(target / "config.json") | config
+    values = read_json(target / "config.json") | config
     (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
     if tensors is not None:
         weights = load_file(target / "model.safetensors")
@@ -321,7 +321,7 @@ def test_what_would_make_a_broken_file_is_refused_beforehand(
 
 
 def test_tokens_without_weights_are_refused(model, checkout, chatml_tokenizer, tmp_path):
-    rows = read_json_object(model / "config.json")["vocab_size"] - 3
+    rows = read_json(model / "config.json")["vocab_size"] - 3
     broken = copied(model, tmp_path / "broken", with_fewer_rows, vocab_size=rows)
     with pytest.raises(UsageError, match=rf"<\|im_end\|>.*stand for nothing|has only {rows} rows"):
         check_model(broken, chatml_tokenizer, checkout)

@@ -27,7 +27,7 @@ class Converted:
     report: dict[str, Any]
     shown: dict[str, Any]
     names: list[str]
-    settings: list[Record] = field(default_factory=list)
+    lore: list[Record] = field(default_factory=list)
 
 
 def read_back(path):
@@ -54,7 +54,7 @@ def convert_paths(*inputs, output=None, skipped=(), **options):
             outcome.report,
             outcome.shown,
             names,
-            read_back(folder / "settings.jsonl") if "settings.jsonl" in names else [],
+            read_back(folder / "lore.jsonl") if "lore.jsonl" in names else [],
         )
         assert (folder / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
         assert json.loads((folder / "report.json").read_text("utf-8")) == json.loads(json.dumps(done.report))
@@ -78,7 +78,7 @@ def check_account(done):
     if speeches := report["speeches"]:
         assert speeches["total"] == speeches["learned"] + speeches["context"] + sum(speeches["not_used"].values())
     replies = {" ".join(m["content"].split()) for r in done.validation for m in r.messages if m["role"] == "assistant"}
-    for record in (*done.train, *done.settings):
+    for record in (*done.train, *done.lore):
         for message in record.messages:
             assert message["role"] != "assistant" or " ".join(message["content"].split()) not in replies
     groups = [{json.dumps(record.meta["group"]) for record in side} for side in (done.train, done.validation)]

@@ -205,7 +205,7 @@ def whole():
         curve=curve(),
         data=(
             DataStatistics(
-                "data/tamsin/train.jsonl", "6a" * 32, 213, 343, 66120, 181, {"dialogue": 160, "settings_qa": 53}
+                "data/tamsin/train.jsonl", "6a" * 32, 213, 343, 66120, 181, {"dialogue": 160, "lore_qa": 53}
             ),
             DataStatistics("data/tamsin/val.jsonl", "64" * 32, 30, 47, 9120, 188, {"dialogue": 30}),
         ),

@@ -12,7 +12,7 @@ from making.runs import config
 from making.tiny import save_model
 
 from persona.errors import UsageError
-from persona.model.adapters import CARD, PersonaCard, kind_of, locate, merged_name, public_name, read_card
+from persona.model.adapters import PERSONA, Persona, kind_of, locate, merged_name, public_name, read_persona
 from persona.train.run import finetune
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_the_script_run_inside_a_run_takes_its_name_and_harms_nothing(run, tmp_p
     assert done.returncode == 0, done.stderr
     assert "only shapes were compared" not in done.stdout
     assert sorted(path.name for path in (folder / "merged").iterdir()) == ["mine", "precious"]
-    (folder / "adapter" / CARD).unlink()
+    (folder / "adapter" / PERSONA).unlink()
     again = merge_script(folder, "adapter", *settings, "--output", "again")
     assert again.returncode == 0, again.stderr
     assert "does not say which weights it was trained on; only shapes were compared.\n" in again.stdout
@@ -89,13 +89,13 @@ def test_a_name_longer_than_any_file():
     ],
 )
 def test_a_card_of_another_form_is_named(tmp_path, change, says):
-    card = PersonaCard("base", "0" * 64, None, "2024-05-01")
-    (tmp_path / CARD).write_text(json.dumps(dataclasses.asdict(card)), encoding="utf-8")
-    assert read_card(tmp_path) == card
-    (tmp_path / CARD).write_text(json.dumps(dataclasses.asdict(card) | change), encoding="utf-8")
+    persona = Persona("base", "0" * 64, None, "2024-05-01")
+    (tmp_path / PERSONA).write_text(json.dumps(dataclasses.asdict(persona)), encoding="utf-8")
+    assert read_persona(tmp_path) == persona
+    (tmp_path / PERSONA).write_text(json.dumps(dataclasses.asdict(persona) | change), encoding="utf-8")
     with pytest.raises(UsageError, match=says) as refused:
-        read_card(tmp_path)
-    assert str(tmp_path / CARD) in str(refused.value)
+        read_persona(tmp_path)
+    assert str(tmp_path / PERSONA) in str(refused.value)
 
 
 def test_a_broken_config_is_named(tmp_path):

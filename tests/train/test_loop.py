@@ -429,9 +429,9 @@ def test_the_8_bit_optimizer_trains_and_continues_on_the_cpu(tmp_path, tiny_mode
 
 
 def test_settings_are_mixed_in_by_their_weight(tmp_path, tiny_model):
-    write_jsonl(tmp_path / "settings.jsonl", conversations(4))
+    write_jsonl(tmp_path / "lore.jsonl", conversations(4))
     for weight, expected in ((0, 12), (1, 16), (2.5, 22), (5, 32)):
-        changes = {"settings_file": "settings.jsonl", "settings_weight": weight}
+        changes = {"lore_file": "lore.jsonl", "lore_weight": weight}
         made = config(
             tmp_path, tiny_model, data=changes, training={"num_train_epochs": 0.01, "output_dir": f"o/{weight}"}
         )
@@ -587,7 +587,7 @@ def test_held_out_lines_that_are_trained_on_are_pointed_out(tmp_path, tiny_model
 def test_the_system_prompt_comes_from_the_conversations_and_not_from_the_settings(tmp_path, tiny_model):
     from persona.model.dataset import read_data
 
-    made = config(tmp_path, tiny_model, data={"system_prompt": None, "settings_file": "s.jsonl", "settings_weight": 50})
+    made = config(tmp_path, tiny_model, data={"system_prompt": None, "lore_file": "s.jsonl", "lore_weight": 50})
     card = {"role": "system", "content": "You are the keeper."}
     records = conversations(3)
     records[0]["messages"].insert(0, card)

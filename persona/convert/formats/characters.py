@@ -1,6 +1,6 @@
-"""Character lines and settings: {"source_title", "speaker", "text"} and {"input": "关于「神之眼」", "speaker", "text"}.
+"""Character lines and lore: {"source_title", "speaker", "text"} and {"input": "关于「神之眼」", "speaker", "text"}.
 
-Each record of the character is one of three kinds, decided by its `input`: background, question about the settings, or
+Each record of the character is one of three kinds, decided by its `input`: background, question about the lore, or
 a line of dialogue with the lines of the same title before it.
 """
 
@@ -23,9 +23,9 @@ from persona.convert.formats.turns import Turn, opening, to_messages
 from persona.convert.inputs import Foreign
 from persona.convert.options import Options
 from persona.errors import DataError, UsageError
-from persona.records import RecordFault
+from persona.records import CHARACTER_MACRO, USER_MACRO, RecordFault, is_chinese
 
-BACKGROUND, QUESTION, DIALOGUE = "settings_background", "settings_qa", "dialogue"
+BACKGROUND, QUESTION, DIALOGUE = "lore_background", "lore_qa", "dialogue"
 INSTRUCTIONS = {
     BACKGROUND: "以下是关于{character}的背景故事和设定描述。",
     QUESTION: "你现在是{character}。请根据你的背景设定回答问题。",
@@ -47,7 +47,7 @@ _NAMES = {
 
 
 def recognise_lines(first: list[dict[str, Any]]) -> str | None:
-    """Why rows are a character's lines and settings, or None."""
+    """Why rows are a character's lines and lore, or None."""
     keys = ({"speaker", "text", "source_title"}, {"speaker", "text", "input"})
     if all(any(needed <= row.keys() for needed in keys) for row in first):
         return 'rows have "speaker", "text" and "source_title" or "input"'
@@ -143,13 +143,11 @@ def system_prompt(options: Options) -> str | None:
 
 
 # --- card -------------------------------------------------------------------------------------------------------------
-# Character cards, versions 1 to 3, as JSON or in a PNG: a system prompt, example dialogues, greetings, settings.
+# Character cards, versions 1 to 3, as JSON or in a PNG: a system prompt, example dialogues, greetings, lore.
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
 _FIELDS = ("description", "personality", "scenario")
-_CHARACTER = re.compile(r"\{\{\s*char\s*\}\}|<(?:BOT|CHAR)>", re.IGNORECASE)
-_USER = re.compile(r"\{\{\s*user\s*\}\}|<USER>", re.IGNORECASE)
 _START = re.compile(r"<START>", re.IGNORECASE)
 _LARGEST = 32_000_000  # bytes of a card unpacked
 
@@ -244,8 +242,8 @@ def _text(card: dict[str, Any], field: str) -> str:
 
 
 def _filled(text: str, name: str, options: Options) -> str:
-    text = _CHARACTER.sub(lambda _: name, text) if name else text
-    return _USER.sub(lambda _: options.user_name or "", text) if options.user_name else text
+    text = CHARACTER_MACRO.sub(lambda _: name, text) if name else text
+    return USER_MACRO.sub(lambda _: options.user_name or "", text) if options.user_name else text
 
 
 def _example(block: str, index: int, name: str, system: str, options: Options) -> Draft:
@@ -300,8 +298,7 @@ def _book(card: dict[str, Any], name: str, options: Options) -> list[Draft]:
         keys = keys if isinstance(keys, list) else []
         prompt = ", ".join(str(key) for key in keys) or str(entry.get("name") or entry.get("comment") or name)
         content = _filled(entry["content"], name, options)
-        chinese = any("\u3400" <= character <= "\u9fff" for character in content)
-        instruction = INSTRUCTIONS[BACKGROUND] if chinese else "Background and facts about {character}."
+        instruction = INSTRUCTIONS[BACKGROUND] if is_chinese(content) else "Background and facts about {character}."
         texts = [("system", instruction.replace("{character}", name)), ("user", prompt), ("assistant", content)]
         drafts.append(_card_draft(texts, f"$.character_book.entries[{index}]", name, BACKGROUND))
     return drafts

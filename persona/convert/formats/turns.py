@@ -11,7 +11,7 @@ from persona.console import excerpt
 from persona.convert.cleaning import clean_text, is_clean
 from persona.convert.draft import Message
 from persona.convert.options import Options
-from persona.records import RecordFault
+from persona.records import RecordFault, is_chinese
 
 _ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -57,9 +57,7 @@ def plain_messages(turns: Sequence[Any], role_key: str, text_key: str, options: 
 
 def opening(text: str) -> str:
     """The user's turn that stands for nothing said, in the language of what follows."""
-    return (
-        "（对话开始）" if any("\u3400" <= character <= "\u9fff" for character in text) else "(The conversation begins.)"
-    )
+    return "（对话开始）" if is_chinese(text) else "(The conversation begins.)"
 
 
 def role_of(value: object, path: str, options: Options) -> str:

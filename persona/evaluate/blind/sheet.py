@@ -18,17 +18,16 @@ from typing import Any, Protocol
 from persona.errors import DataError, UsageError
 from persona.files import write_json, write_text
 from persona.pages import asset, document, embedded
+from persona.records import CONTROL_TOKEN, is_chinese
 
 SHEET_NAME, KEY_NAME = "ab_sheet.html", "ab_key.json"
 KEY_FORMAT = "ab-key-1"
 _LETTERS = "bcdfghjkmnpqrstvwxyz"  # without vowels no words, without digits no numbers that Excel rewrites
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
-_CHINESE_SHARE = 0.2  # of all characters; Chinese with Latin names in it has far more, English quoting Chinese fewer
 
 # What a chat template or a habit of one side leaves in a reply, and what would show at a glance which side wrote it.
 _MARKUP = (
     (re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE), ""),
-    (re.compile(r"<[|｜][^<>\n]{1,40}[|｜]>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]"), ""),
+    (CONTROL_TOKEN, ""),
     (re.compile(r"^[ \t]*```.*(?:\n|$)", re.MULTILINE), ""),
     (re.compile(r"^[ \t]*#{1,6}[ \t]+", re.MULTILINE), ""),
     (re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1"), r"\2"),
@@ -101,7 +100,7 @@ def make_sheet(
     if len(set(ids.values())) < len(ids):
         raise DataError("Two pairs got the same identifier, which is rarer than one sheet in millions. Make it again.")
     content: dict[str, Any] = {
-        "language": "zh" if _is_chinese(shown) else "en",
+        "language": "zh" if is_chinese(*(reply for pair in shown for reply in pair.replies)) else "en",
         "about": _plain(about or ""),
         "examples": [_plain(text) for text in examples],
         "pairs": [_placed(pair, ids[pair.prediction], pair.prediction in on_left) for pair in shown],
@@ -178,11 +177,6 @@ def _name(digest: bytes, length: int) -> str:
         number, letter = divmod(number, len(_LETTERS))
         letters.append(_LETTERS[letter])
     return "".join(letters)
-
-
-def _is_chinese(shown: Sequence[_Pair]) -> bool:
-    text = "".join("".join(pair.replies) for pair in shown)
-    return len(_HAN.findall(text)) > _CHINESE_SHARE * len(text)
 
 
 def _refuse_other_key(folder: Path, name: str) -> None:

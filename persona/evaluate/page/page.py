@@ -38,7 +38,7 @@ def report_page(evaluation: Evaluation) -> str:
         ("Style", style_section.style(evaluation.style, names) if evaluation.style else ""),
         ("Replies side by side", passages.exchanges(evaluation.exchanges, names, evaluation.language)),
         (
-            "What it remembers of the settings",
+            "What it remembers of the lore",
             passages.recall(evaluation.recall, names, evaluation.language) if evaluation.recall else "",
         ),
         ("Not measured", _missing(evaluation)),
@@ -167,10 +167,10 @@ def _missing(evaluation: Evaluation) -> str:
         "Replies": (evaluation.replies, "The texts need what was really said beside them." if texts else held_out),
         "Style": (evaluation.style, held_out),
         "The way from base to author": (evaluation.style and evaluation.style.headline, _way(evaluation)),
-        "Memory of the settings": (evaluation.recall, asked if texts else "Give records of the type settings_qa."),
+        "Memory of the lore": (evaluation.recall, asked if texts else "Give records of the type lore_qa."),
         "Copying": (
             evaluation.copying,
-            "The files of data.train_file and data.settings_file have to be where they were.",
+            "The files of data.train_file and data.lore_file have to be where they were.",
         ),
         "Curves": (evaluation.curve, of_a_run),
         "Data": (evaluation.data, "The files have to be where they were."),

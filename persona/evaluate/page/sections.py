@@ -1,4 +1,4 @@
-"""Texts on the report page, to be read and not only counted: replies side by side, and answers about the settings."""
+"""Texts on the report page, to be read and not only counted: replies side by side, and answers about the lore."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -79,7 +79,7 @@ def marked(text: str, spans: Sequence[Span]) -> str:
 
 
 def recall(found: Recall, names: dict[str, str], language: str) -> str:
-    """Memory of the settings: the shares, then each question with the facts that were and were not in the answers."""
+    """Memory of the lore: the shares, then each question with the facts that were and were not in the answers."""
     rows = [
         f"<tr><th>{label}</th>"
         + "".join(

@@ -11,24 +11,21 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Literal
 
+from persona.records import CHARACTER, UNSPACED, WORD, is_chinese
+
 Language = Literal["zh", "en"]
 Segmenter = Callable[[str], list[str]]
 
-# Han with its extensions, and kana: scripts that are written without spaces
-UNSPACED = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_CHARACTER = re.compile(f"[{UNSPACED}]")
-_WORD = re.compile(f"(?:(?![{UNSPACED}])[^\\W_])+(?:['’](?:(?![{UNSPACED}])[^\\W_])+)*")
-_UNIT = re.compile(f"{_CHARACTER.pattern}|{_WORD.pattern}")
-_PIECE = re.compile(f"[{UNSPACED}]+|{_WORD.pattern}")
+_UNIT = re.compile(f"{CHARACTER.pattern}|{WORD.pattern}")
+_PIECE = re.compile(f"[{UNSPACED}]+|{WORD.pattern}")
 # A full stop between two digits or letters (3.14, e.g) ends nothing. Closing quotes belong to the sentence they close.
 _SENTENCE = re.compile(r".*?(?:(?:[。！？!?…；;～~]|\.(?![^\W_]))+[”’」』）)\"']*|[\n\r]+| {2,}|\u3000+|$)", re.DOTALL)
 _PASSAGE = 500  # characters; a chapter told in one piece becomes passages, so that halves can be drawn
 
 
 def language(texts: Sequence[str]) -> Language:
-    """Chinese where characters written without spaces outnumber a fifth of the words; "en" stands for all others."""
-    characters = sum(len(_CHARACTER.findall(text)) for text in texts)
-    return "zh" if characters * 5 > sum(len(_WORD.findall(text)) for text in texts) else "en"
+    """`zh` or `en`, which stands for all others."""
+    return "zh" if is_chinese(*texts) else "en"
 
 
 def units(text: str) -> list[tuple[int, int]]:
@@ -59,7 +56,7 @@ def words(text: str, cut: Segmenter) -> list[str]:
     """Lower-case words in the text's order, unspaced scripts cut by `cut`."""
     found = []
     for piece in _PIECE.findall(text.casefold().replace("’", "'")):
-        found += cut(piece) if _CHARACTER.match(piece) else [piece]
+        found += cut(piece) if CHARACTER.match(piece) else [piece]
     return found
 
 
