@@ -2,49 +2,62 @@
 
 import json
 from base64 import b64encode
+from functools import cache
 from hashlib import sha256
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent
 
 
-def asset(name: str) -> str:
-    """The text of a style sheet, script or piece of HTML that lies beside this module."""
-    return (_FOLDER / name).read_text(encoding="utf-8").strip()
+def page(template: str, **values: Any) -> str:
+    """The whole page of a template in this folder. Every value is escaped, and one that is missing is an error.
 
-
-def document(title: str, body: str, *styles: str, script: str = "", lang: str = "en") -> str:
-    """A whole page: `body` is HTML, `styles` name style sheets beside this module that follow the common one.
-
-    The page's own policy (https://www.w3.org/TR/CSP3/) forbids every connection, and every script but `script` itself:
-    text of others that slipped into the page could not run.
+    The template extends frame.html and sets `title`, `styles` (style sheets of this folder that follow page.css) and
+    `script` (a script of this folder, or an empty string).
     """
-    digest = b64encode(sha256(f"\n{script}\n".encode()).digest()).decode("ascii")
+    return environment().get_template(template).render(**values)
+
+
+@cache
+def environment() -> Environment:
+    """The jinja2 environment of all pages."""
+    made = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.globals |= {"asset": asset, "policy": policy, "embedded": embedded}
+    return made
+
+
+@cache
+def asset(name: str) -> Markup:
+    """The text of a style sheet or script in this folder."""
+    return Markup((_FOLDER / name).read_text(encoding="utf-8").strip())
+
+
+def policy(script: str) -> Markup:
+    """The page's content security policy (https://www.w3.org/TR/CSP3/).
+
+    It forbids every connection and every script but the named one: foreign text that slipped into the page cannot run.
+    """
+    digest = b64encode(sha256(f"\n{asset(script)}\n".encode()).digest()).decode("ascii") if script else ""
     allowed = f"'sha256-{digest}'" if script else "'none'"
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
-    style = "\n".join(asset(name) for name in ("page.css", *styles))
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            f'<html lang="{escape(lang)}">',
-            '<head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{style}\n</style></head>",
-            f"<body>\n{body}",
-            *([f"<script>\n{script}\n</script>"] if script else []),
-            "</body></html>\n",
-        ]
-    )
+    return Markup(f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}")
 
 
-def embedded(name: str, value: Any) -> str:
+def embedded(name: str, value: Any) -> Markup:
     """`value` as JSON that a page's script can read; nothing in it can end the element or begin another."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return f'<script type="application/json" id="{name}">{text}</script>'
+    return Markup(f'<script type="application/json" id="{name}">{text}</script>')
+
+
+def document(title: str, body: str) -> str:
+    """A whole page whose `body` is HTML already."""
+    text = '{% extends "frame.html" %}{% set styles, script = [], "" %}{% block body %}{{ body }}{% endblock %}'
+    return environment().from_string(text).render(title=title, body=Markup(body))

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from persona.errors import DataError, UsageError
 from persona.files import write_json, write_text
-from persona.pages import asset, document, embedded
+from persona.pages import page
 from persona.records import CONTROL_TOKEN, is_chinese
 
 SHEET_NAME, KEY_NAME = "ab_sheet.html", "ab_key.json"
@@ -124,9 +124,7 @@ def make_sheet(
     }
     _refuse_other_key(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
-    body = f"{asset('ab_sheet.html')}\n{embedded('sheet', {'sheet': name} | content)}"
-    page = document("A/B", body, "ab_sheet.css", script=asset("ab_sheet.js"))
-    write_text(folder / SHEET_NAME, page)
+    write_text(folder / SHEET_NAME, page("ab_sheet.html", sheet={"sheet": name} | content))
     write_json(folder / KEY_NAME, key)
     return Sheet(folder / SHEET_NAME, folder / KEY_NAME, len(shown), len(pairs) - len(asked))
 

@@ -9,13 +9,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from persona.evaluate.page import sections as numbers_section
 from persona.evaluate.page import sections as passages
 from persona.evaluate.page import sections as style_section
 from persona.evaluate.page.charts import Line, curves, decimal, number, whole
 from persona.evaluate.results import Curve, DataStatistics, Evaluation, Finding
 from persona.files import write_text
-from persona.pages import document
+from persona.pages import page
 from persona.train.history import smooth
 
 _SMOOTHING = 0.9  # of the training loss, as in loss.png
@@ -47,7 +49,9 @@ def report_page(evaluation: Evaluation) -> str:
         ("Versions and hashes", _pairs(evaluation.versions) + _hashes(evaluation)),
     ]
     body = "".join(f"<section><h2>{title}</h2>{inner}</section>" for title, inner in sections if inner)
-    return document(f"Report: {evaluation.name}", f"<main>{_head(evaluation)}{body}</main>", "report.css")
+    return page(
+        "report.html", title=f"Report: {evaluation.name}", body=Markup(f"<main>{_head(evaluation)}{body}</main>")
+    )
 
 
 def _head(evaluation: Evaluation) -> str:
