@@ -18,10 +18,12 @@ from persona.errors import UsageError
 MARKER = "COMPLETE.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 AGAIN = "Copy or download it again completely."
+JsonObject = dict[str, Any]  # an object of JSON that others write, so any key may hold anything
 
 
-def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+def read_json(path: Path, advice: str = AGAIN) -> JsonObject:
     """The JSON object in `path`; raises `UsageError` with the place and `advice` for anything else, and a key twice."""
+    text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")
         value = json.loads(text, object_pairs_hook=_unique)
@@ -40,7 +42,7 @@ def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(_twice(pairs))
@@ -191,7 +193,7 @@ def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
 _FAULTS: list[str] = []
 
 
-def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _collect(pairs: list[tuple[str, Any]]) -> JsonObject:
     found = dict(pairs)
     if len(found) < len(pairs):
         _FAULTS.append(_twice(pairs))
