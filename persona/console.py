@@ -1,4 +1,4 @@
-"""What a person sees on the terminal: safe text, aligned tables, colour where it helps, errors without tracebacks."""
+"""Output on the terminal: safe text, aligned tables, progress, colour, errors without tracebacks."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from persona.errors import EnvironmentFault, PersonaError
 
-# C0 without tab and newline, DEL, C1, and the bidirectional controls: text of others must not steer the terminal.
+# C0 without tab and newline, DEL, C1, and the bidirectional controls, with which a text could steer the terminal
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -48,7 +48,7 @@ def display_width(text: str) -> int:
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Two aligned columns, a name and its value a line."""
+    """Two aligned columns, one line for each name and its value."""
     pairs = list(rows)
     width = max((display_width(name) for name, _ in pairs), default=0)
     return "\n".join(f"  {name}{' ' * (width - display_width(name))}  {value}" for name, value in pairs)
@@ -68,7 +68,7 @@ def columns(rows: Iterable[Sequence[str]]) -> str:
 
 
 def progress(step: str) -> Callable[[int, int, float | None], None]:
-    """Shows how far `step` is, with the time left: in place on a terminal, else now and then on a line of its own."""
+    """A function that shows progress and time left: in place on a terminal, else as a line every twenty seconds."""
     shown_at = float("-inf")
 
     def show(done: int, total: int, seconds: float | None) -> None:
@@ -86,7 +86,7 @@ def progress(step: str) -> Callable[[int, int, float | None], None]:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: `48 s`, `7 min 05 s`, `2 h 10 min`."""
+    """A duration in words: `48 s`, `7 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -96,7 +96,7 @@ def duration(seconds: float) -> str:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with its code: a `PersonaError`'s own after its message, 130 after Ctrl-C."""
+    """Run a script's `main` and exit: with its code, after a `PersonaError` with that one's, with 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):  # Windows consoles default to a legacy code page
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -107,10 +107,10 @@ def run_script(main: Callable[[], int | None]) -> None:
         print(f"{error}", file=sys.stderr)
         code = error.exit_code
     except ModuleNotFoundError as error:
-        if not error.name or find_spec(error.name.partition(".")[0]):  # a part is missing of what is there: a bug
+        if not error.name or find_spec(error.name.partition(".")[0]):  # a part of an installed library: a bug
             raise
-        told = f"The library {error.name} is not installed for {sys.executable}."
-        print(f"{told} Install all of them: python -m pip install -r requirements.txt", file=sys.stderr)
+        missing = f"The library {error.name} is not installed for {sys.executable}."
+        print(f"{missing} Install all of them: python -m pip install -r requirements.txt", file=sys.stderr)
         code = EnvironmentFault.exit_code
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The faults a user can meet, each with the exit code a script ends with; anything else is a bug, with traceback."""
+"""The faults a user can meet, each with the exit code of the script; anything else is a bug and shows a traceback."""
 
 
 class PersonaError(Exception):
@@ -46,6 +46,6 @@ class Interrupted(PersonaError):
 
 
 class VerificationFailed(PersonaError):
-    """What was written was measured, and is not what it has to be; it was not published."""
+    """A merged model differs from base + adapter; it was not kept."""
 
     exit_code = 1

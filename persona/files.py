@@ -26,7 +26,8 @@ def read_json(path: Path, advice: str = AGAIN) -> JsonObject:
     text = ""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_unique)
+        _FAULTS.clear()
+        value = json.loads(text, object_pairs_hook=_collect, parse_int=_integer)
     except json.JSONDecodeError as error:
         line = excerpt(text.split("\n")[error.lineno - 1].strip(), 80)
         place = f"{path}:{error.lineno}:{error.colno}"
@@ -35,23 +36,11 @@ def read_json(path: Path, advice: str = AGAIN) -> JsonObject:
         raise UsageError(f"{path}: nested too deeply. {advice}") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{path} cannot be read as UTF-8 text: {error}. {advice}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}. {advice}") from None
+    if _FAULTS:
+        raise UsageError(f"{path}: {_FAULTS[0]}. {advice}")
     if not isinstance(value, dict):
         raise UsageError(f"{path}: expected an object {{...}}, found {excerpt(json.dumps(value), 40)}. {advice}")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(_twice(pairs))
-    return found
-
-
-def _twice(pairs: list[tuple[str, Any]]) -> str:
-    (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
-    return f'the key "{excerpt(key, 40)}" is there {count} times in one object'
 
 
 def file_sha256(path: Path) -> str:
@@ -165,20 +154,18 @@ def fault_in(folder: Path) -> str | None:
 
 
 # --- strict json ------------------------------------------------------------------------------------------------------
-# JSON read strictly: what Python's own module lets pass, such as a key that stands twice, is named.
-
+# Python's own json module takes a key that is there twice, NaN and any depth without a word; these are named here.
 
 MAX_DEPTH = 64  # deeper JSON is an attack or an accident; Python's own limit would end in a RecursionError
 MAX_DIGITS = 1000  # Python refuses to read or print integers of more than 4,300 digits
 
 
 def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
-    """The JSON value at `start`, where it ends, and what forbids its use (duplicate keys, NaN, depth) or None.
+    """The JSON value at `start`, its end, and a fault that forbids its use (a key twice, NaN, depth), or None.
 
-    Broken syntax raises json.JSONDecodeError.
+    Raises json.JSONDecodeError for broken syntax.
     """
-    if _FAULTS:
-        _FAULTS.clear()
+    _FAULTS.clear()
     try:
         value, end = _STRICT.raw_decode(text, start)
     except RecursionError:
@@ -188,16 +175,17 @@ def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
     return value, end, _FAULTS[0] if _FAULTS else None
 
 
-# One decoder for all values: to build one takes as long as to read a short record. It notes here what Python's json
-# module lets pass, and goes on, so that the end of the value is found.
+# One decoder for all values, since building one takes as long as reading a short record. It notes faults here and goes
+# on, so that the end of the value is found.
 _FAULTS: list[str] = []
 
 
 def _collect(pairs: list[tuple[str, Any]]) -> JsonObject:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        _FAULTS.append(_twice(pairs))
-    return found
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (key, count), *_ = Counter(key for key, _ in pairs).most_common(1)
+        _FAULTS.append(f'the key "{excerpt(key, 40)}" is there {count} times in one object')
+    return values
 
 
 def _constant(name: str) -> None:
@@ -220,13 +208,8 @@ def _integer(digits: str) -> int:
 _STRICT = json.JSONDecoder(object_pairs_hook=_collect, parse_constant=_constant, parse_float=_real, parse_int=_integer)
 
 
-def _deeper_than(value: object, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-    return bool(level)
+def _deeper_than(value: JsonObject | list[Any], limit: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    if limit == 0:
+        return bool(inner)
+    return any(_deeper_than(item, limit - 1) for item in inner if isinstance(item, dict | list))

@@ -1,6 +1,6 @@
 """The one format on disk: JSONL of {"messages": [...], "meta": {...}}; reading, writing and weighting it.
 
-Whatever passes here is a conversation that can be trained on, so nothing behind this module checks again.
+A record that was read here can be trained on, so no other module checks it again.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import orjson
 
 from persona.console import excerpt
 from persona.errors import DataError
-from persona.files import scan_json
+from persona.files import JsonObject, scan_json
 
 ROLES = ("system", "user", "assistant")
 _KEYS = {"role", "content"}
@@ -26,7 +26,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RecordFault(ValueError):
-    """Why a record cannot be used: a code, the JSON path, what was found, what to write instead."""
+    """Why a record cannot be used: a code, the JSON path, the reason, and the fix."""
 
     def __init__(self, code: str, path: str, reason: str, fix: str) -> None:
         super().__init__(f"{path}: {reason}; {fix}")
@@ -38,7 +38,7 @@ class Record:
     """A conversation and where it comes from."""
 
     messages: tuple[dict[str, str], ...]
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: JsonObject = field(default_factory=dict)
 
     @property
     def system(self) -> str | None:
@@ -52,7 +52,7 @@ class Record:
 
     @property
     def replies(self) -> tuple[str, ...]:
-        """The texts of the assistant: what is learned."""
+        """The texts of the assistant, which are learned."""
         return tuple(message["content"] for message in self.messages if message["role"] == "assistant")
 
     @property
@@ -70,21 +70,22 @@ class Record:
         try:
             return text.encode("utf-8")
         except UnicodeEncodeError:
-            raise self._surrogate() from None
+            texts = enumerate(message["content"] for message in self.messages)
+            places = (f"$.messages[{number}].content" for number, text in texts if SURROGATE.search(text))
+            raise surrogate_fault(next(places, "$.meta")) from None
 
-    def _surrogate(self) -> RecordFault:
-        texts = enumerate(message["content"] for message in self.messages)
-        place = next((f"$.messages[{i}].content" for i, text in texts if SURROGATE.search(text)), "$.meta")
-        fix = "export the text again as UTF-8"
-        return RecordFault("SURROGATE", place, "half of a character (a lone surrogate)", fix)
+
+def surrogate_fault(path: str) -> RecordFault:
+    """The fault of a text with half of a character in it."""
+    reason, fix = "half of a character (a lone surrogate)", "export the text again as UTF-8"
+    return RecordFault("SURROGATE", path, reason, fix)
 
 
 def check_messages(messages: object) -> tuple[dict[str, str], ...]:
-    """`messages` as they are if they form a conversation that can be learned, else a RecordFault."""
+    """`messages` if they form a conversation that can be learned; raises a RecordFault for others."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise RecordFault(
-            "NO_MESSAGES", "$.messages", f"found {_show(messages)}", "write a list of at least a user and an assistant"
-        )
+        fix = "write a list of at least a user and an assistant"
+        raise RecordFault("NO_MESSAGES", "$.messages", f"found {_show(messages)}", fix)
     if _is_plain(messages):
         return tuple(messages)
     checked = tuple(_check_message(message, f"$.messages[{number}]") for number, message in enumerate(messages))
@@ -92,18 +93,16 @@ def check_messages(messages: object) -> tuple[dict[str, str], ...]:
     for number, message in enumerate(checked[first:]):
         wanted = ("user", "assistant")[number % 2]
         if message["role"] != wanted:
-            path, found = f"$.messages[{first + number}].role", f'found "{message["role"]}" where "{wanted}" must stand'
-            raise RecordFault("ORDER", path, found, "an optional system message, then user and assistant in turn")
-    if checked[-1]["role"] != "assistant":
+            path, reason = f"$.messages[{first + number}].role", f'found "{message["role"]}", expected "{wanted}"'
+            raise RecordFault("ORDER", path, reason, "an optional system message, then user and assistant in turn")
+    if (role := checked[-1]["role"]) != "assistant":
         path = f"$.messages[{len(checked) - 1}].role"
-        raise RecordFault(
-            "NO_REPLY", path, f'the last message is from "{checked[-1]["role"]}"', "end with an assistant message"
-        )
+        raise RecordFault("NO_REPLY", path, f'the last message is from "{role}"', "end with an assistant message")
     return checked
 
 
-def check_type(meta: dict[str, Any]) -> None:
-    """Raise a RecordFault for a type by its old name: lore would be trained on, but never weighted or asked for."""
+def check_type(meta: JsonObject) -> None:
+    """Raise a RecordFault for the old name of a lore type, by which no lore would be weighted or asked for."""
     kind = str(meta.get("type", ""))
     if kind.startswith("settings_"):
         new = kind.replace("settings_", "lore_")
@@ -111,7 +110,7 @@ def check_type(meta: dict[str, Any]) -> None:
 
 
 def _is_plain(messages: Sequence[Any]) -> bool:
-    """Whether messages are beyond doubt, as nearly all are; the others are looked at one by one."""
+    """Whether messages are certainly good, as nearly all are; the others are checked one by one."""
     wanted = "user"
     for message in messages:
         if not isinstance(message, dict) or len(message) != 2:
@@ -130,11 +129,8 @@ def _is_plain(messages: Sequence[Any]) -> bool:
 def _check_message(message: object, path: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise RecordFault("MESSAGE", path, f"found {_show(message)}", 'write {"role": ..., "content": ...}')
-    if message.keys() - _KEYS:
-        unknown = sorted(str(key) for key in message.keys() - _KEYS)
-        raise RecordFault(
-            "UNKNOWN_KEY", path, f'unknown key "{unknown[0]}"', 'only "role" and "content" may stand here'
-        )
+    if unknown := sorted(str(key) for key in message.keys() - _KEYS):
+        raise RecordFault("UNKNOWN_KEY", path, f'unknown key "{unknown[0]}"', 'keep only "role" and "content"')
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise RecordFault("UNKNOWN_ROLE", f"{path}.role", f"found {_show(role)}", f"write one of {', '.join(ROLES)}")
@@ -143,8 +139,7 @@ def _check_message(message: object, path: str) -> dict[str, str]:
     if not content.strip():
         raise RecordFault("EMPTY", f"{path}.content", "found no text", "write the words, or delete the conversation")
     if not content.isascii() and SURROGATE.search(content):
-        reason, fix = "half of a character (a lone surrogate)", "export the text again as UTF-8"
-        raise RecordFault("SURROGATE", f"{path}.content", reason, fix)
+        raise surrogate_fault(f"{path}.content")
     return message
 
 
@@ -156,8 +151,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a JSONL file; a DataError names every line that cannot be used."""
     path = Path(path)
     if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {what}. Make it with: python convert_dataset.py INPUT --output {path.parent}")
+        fault = "is not a file" if path.exists() else "does not exist"
+        raise DataError(f"{path} {fault}. Make it with: python convert_dataset.py INPUT --output {path.parent}")
     records: list[Record] = []
     faults: list[str] = []
     with path.open("rb") as file:
@@ -193,11 +188,9 @@ def _record_of(line: bytes) -> Record:
         raise RecordFault("UNSAFE_JSON", "$", fault, "write each key once, and plain numbers")
     if not isinstance(value, dict) or "messages" not in value:
         raise RecordFault("NO_MESSAGES", "$", f"found {_show(value)}", f'write {{"messages": [...]}}; {foreign}')
-    unknown = sorted(value.keys() - {"messages", "meta"})
-    if unknown:
-        raise RecordFault(
-            "UNKNOWN_KEY", "$", f'unknown key "{excerpt(unknown[0], 40)}"', f"move it into meta; {foreign}"
-        )
+    if unknown := sorted(value.keys() - {"messages", "meta"}):
+        reason = f'unknown key "{excerpt(unknown[0], 40)}"'
+        raise RecordFault("UNKNOWN_KEY", "$", reason, f"move it into meta; {foreign}")
     meta = value.get("meta", {})
     if not isinstance(meta, dict):
         raise RecordFault("META", "$.meta", f"found {_show(meta)}", "write an object, or leave it out")
@@ -209,12 +202,12 @@ def _record_of(line: bytes) -> Record:
 
 
 def rank(seed: int, key: str) -> str:
-    """A place in a seeded order that depends on the key alone, never on the other keys or their order."""
+    """A key's place in a seeded order, the same whatever the other keys are."""
     return hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def repeat_weighted(records: Sequence[Record], weight: float, seed: int) -> list[Record]:
-    """Each record floor(weight) times, and round(fraction * count) of them, chosen by the seed, once more."""
+    """Every record floor(weight) times, and a seeded choice of them once more for the fraction of the weight."""
     if not 0 <= weight < math.inf:
         raise ValueError(f"weight must be a number of at least 0, not {weight}")
     whole = math.floor(weight)
@@ -224,7 +217,7 @@ def repeat_weighted(records: Sequence[Record], weight: float, seed: int) -> list
     return [record for index, record in enumerate(records) for _ in range(whole + (index in once_more))]
 
 
-# --- what a text is ---------------------------------------------------------------------------------------------------
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 # Han with its extensions, and kana: scripts that are written without spaces
 UNSPACED = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -250,7 +243,7 @@ _AS_AI = re.compile(
 
 
 def is_chinese(*texts: str) -> bool:
-    """Whether characters written without spaces outnumber a fifth of the words: Chinese with names in it is Chinese."""
+    """Whether there is more than one Chinese character for every five words, so that Latin names do not count."""
     characters = sum(len(CHARACTER.findall(text)) for text in texts)
     return characters * 5 > sum(len(WORD.findall(text)) for text in texts)
 
@@ -267,11 +260,11 @@ def control_token(text: str) -> str | None:
     """The first string in `text` that a tokenizer may turn into a control id, or None."""
     if "<" not in text and "[" not in text:  # ten times as fast as the pattern, and true of most texts
         return None
-    found = CONTROL_TOKEN.search(text)
-    return found[0] if found else None
+    match = CONTROL_TOKEN.search(text)
+    return match[0] if match else None
 
 
 def speaks_as_ai(text: str) -> str | None:
-    """The words by which a reply speaks as a language model or refuses like one, or None."""
-    found = _AS_AI.search(text)
-    return found[0] if found else None
+    """The words with which a reply speaks or refuses as a language model, or None."""
+    match = _AS_AI.search(text)
+    return match[0] if match else None

@@ -15,6 +15,7 @@ from persona.config import (
     schema_text,
     setting_names,
     settings_table,
+    write_generated,
 )
 from persona.errors import UsageError
 
@@ -192,6 +193,20 @@ def test_what_is_not_json_is_shown_with_its_place(tmp_path, text, place):
 def test_a_key_that_stands_twice_is_refused(tmp_path, text, key):
     with pytest.raises(UsageError, match=f'the key "{key}" is there 2 times in one object'):
         load_config(write(tmp_path, text), [])
+
+
+def test_a_number_too_long_to_be_read_is_refused(tmp_path):
+    path = write(tmp_path, json.dumps(LEAST)[:-1] + f', "seed": {"9" * 5000}}}')
+    with pytest.raises(UsageError, match=r"settings.json: a number has 5000 digits\."):
+        load_config(path, [])
+
+
+def test_schema_and_table_are_written_by_the_module(tmp_path):
+    (tmp_path / "README.md").write_text("# 设置\n<!-- settings -->\nold\n<!-- /settings -->\nend\n", encoding="utf-8")
+    write_generated(tmp_path)
+    assert (tmp_path / "schema.json").read_text(encoding="utf-8") == schema_text()
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert page == f"# 设置\n<!-- settings -->\n{settings_table()}<!-- /settings -->\nend\n"
 
 
 def test_files_that_cannot_be_read(tmp_path):
