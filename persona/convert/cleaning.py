@@ -1,25 +1,28 @@
-"""Cleaning of one text, and the key by which two conversations count as the same."""
+"""Cleaning of texts: what every text goes through, what the options ask for, and the key of a conversation.
+
+Nothing is changed in silence: each repair is counted by its name, and what cannot be repaired is a RecordFault.
+"""
 
 import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from persona.convert.draft import Draft, Message
 from persona.convert.options import Options
-from persona.records import SURROGATE, RecordFault, control_token
+from persona.records import CHARACTER_MACRO, SURROGATE, USER_MACRO, RecordFault, control_token
 
 _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _CONTROL_SEQUENCE = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # colours whole
-_CONTROL_SHARE = 0.05  # more control characters than that are no text
+_CONTROL_SHARE = 0.05  # with more control characters it is not text
 _ODD_SPACE = re.compile("[\t\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")  # of cleaned texts
 _TEMPLATED = re.compile(r"<\|(?:im_start|start_header_id|user|assistant|system)\|>|\[INST\]|<start_of_turn>")
 
 
 def clean_text(text: str, path: str, repairs: Counter[str]) -> str:
-    """`text` with LF line ends, no control characters, no outer white space; a RecordFault for what cannot stay."""
+    """`text` with LF line ends, without control characters and outer white space; a RecordFault if it is unusable."""
     stripped = text.strip()
     if len(stripped) != len(text):
         repairs["white space at the ends removed"] += 1
@@ -27,8 +30,17 @@ def clean_text(text: str, path: str, repairs: Counter[str]) -> str:
 
 
 def is_clean(text: str) -> bool:
-    """Whether nothing is to be done to a text, told five times as fast as by patterns, and true of most."""
+    """Whether a text needs no cleaning, as most do not; five times as fast as the patterns."""
     return "<" not in text and "[" not in text and text.replace("\n", " ").isprintable()
+
+
+def fill(draft: Draft, texts: Iterable[tuple[str, str]], path: str = "$") -> Draft:
+    """The draft with these roles and texts, cleaned, as its messages; or with the fault of the first unusable one."""
+    try:
+        draft.messages = [{"role": role, "content": clean_text(text, path, draft.repairs)} for role, text in texts]
+    except RecordFault as fault:
+        draft.fault = fault
+    return draft
 
 
 def _clean(text: str, path: str, repairs: Counter[str]) -> str:
@@ -36,9 +48,9 @@ def _clean(text: str, path: str, repairs: Counter[str]) -> str:
         reason, fix = "half of a character (a lone surrogate)", "export the text again as UTF-8"
         raise RecordFault("SURROGATE", path, reason, fix)
     if token := control_token(text):
-        fix = "delete it, or write it differently: the model would read it as a command of its template"
+        fix = "delete it or write it differently: the model would read it as a command of its chat template"
         if _TEMPLATED.search(text):
-            fix = "the text was written through a chat template before: give the conversation without it"
+            fix = "a chat template was applied to this text already: give the conversation without the template"
         raise RecordFault("CONTROL_TOKEN", path, f'found the control token "{token}"', fix)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -47,26 +59,26 @@ def _clean(text: str, path: str, repairs: Counter[str]) -> str:
         cleaned, removed = _CONTROL_SEQUENCE.subn("", text)
         if len(text) - len(cleaned) > _CONTROL_SHARE * len(text) and len(text) > 100:
             reason = f"{len(text) - len(cleaned)} of {len(text)} characters are control characters"
-            raise RecordFault("BINARY", path, reason, "this is no text: export it again")
+            raise RecordFault("BINARY", path, reason, "this is not text: export it again")
         repairs["control characters removed"] += removed
-        return _clean(cleaned.strip(), path, repairs)  # which may hold a token now that they had split
+        return _clean(cleaned.strip(), path, repairs)  # removed characters may have split a token
     return text
 
 
 def fold(text: str) -> str:
-    """The same for texts that differ only in Unicode form (NFC) and white space."""
+    """One form of all texts that differ only in Unicode form (NFC) and white space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def fold_conversation(messages: Sequence[Message], plain: bool = False) -> str:
-    """Role, text, role, text, ... with zeros between, the texts folded: the same for what counts as a duplicate.
+    """Roles and texts in turn, folded, with zeros between: equal for two conversations that count as duplicates.
 
-    `plain` says that there is no white space but spaces and line ends, and none around a text.
+    `plain` promises texts without outer white space, and without white space other than spaces and line ends.
     """
     parts = [part for message in messages for part in (message["role"], message["content"])]
     if not plain:
         parts = [part.strip() for part in parts]
-    # a zero is no white space, and never stands in a text; empty lines at once save the loop half of its work
+    # no text holds a zero; replacing empty lines at once saves the loop half of its work
     text = "\0".join(parts).replace("\n\n", " ").replace("\n", " ")
     if not plain and _ODD_SPACE.search(text):
         return fold(text)
@@ -76,18 +88,17 @@ def fold_conversation(messages: Sequence[Message], plain: bool = False) -> str:
 
 
 def conversation_key(folded: str) -> str:
-    """The key of a conversation that was folded."""
+    """The key of a folded conversation."""
     return hashlib.sha256(folded.encode("utf-8")).hexdigest()
 
 
 def replies_of(folded: str) -> list[str]:
-    """The replies of a conversation that was folded."""
+    """The replies of a folded conversation."""
     parts = folded.split("\0")  # roles and texts in turn, so that every fourth part is a reply
     return parts[5 if parts[0] == "system" else 3 :: 4]
 
 
-# --- privacy ----------------------------------------------------------------------------------------------------------
-# Personal data in texts: found for the report, masked under --redact. Nothing of it leaves the machine.
+# --- personal data: counted for the report, masked under --redact -----------------------------------------------------
 
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}")
 _DIGITS = re.compile(r"(?<![\dA-Za-z.])\+?\(?\d(?:[ -]?[\d()]){6,24}[Xx]?(?![\dA-Za-z])")
@@ -99,7 +110,7 @@ _PHONE = re.compile(
 
 
 def redact(text: str, repairs: Counter[str]) -> str:
-    """`text` with phone numbers, addresses, identity and card numbers and keys replaced by their names in brackets."""
+    """`text` with e-mail addresses, keys, phone, identity and bank card numbers replaced by [email], [key], ..."""
     if "@" in text:
         text, count = _EMAIL.subn("[email]", text)
         _count(repairs, "email", count)
@@ -123,14 +134,14 @@ def _count(repairs: Counter[str], kind: str, count: int) -> None:
 
 
 def personal_data(text: str) -> Counter[str]:
-    """How many pieces of personal data of each kind stand in `text`."""
-    found: Counter[str] = Counter()
-    redact(text, found)
-    return Counter({name.rpartition(" ")[2]: count for name, count in found.items()})
+    """How many pieces of personal data of each kind `text` holds."""
+    masked: Counter[str] = Counter()
+    redact(text, masked)
+    return Counter({name.rpartition(" ")[2]: count for name, count in masked.items()})
 
 
 def _kind(written: str) -> str | None:
-    """What a run of digits is: an identity number, a bank card, a phone number, or None for a mere number."""
+    """The kind of a run of digits: "id", "card" (of a bank), "phone", or None for a plain number."""
     digits = re.sub(r"[ ()-]", "", written)
     bare = digits.lstrip("+")
     if len(bare) == 18 and bare[:17].isdigit() and _is_identity(bare):
@@ -150,16 +161,11 @@ def _luhn(digits: str) -> bool:
     return (sum(int(digit) for digit in digits[-1::-2]) + sum(n - 9 if n > 9 else n for n in doubled)) % 10 == 0
 
 
-# --- refine -----------------------------------------------------------------------------------------------------------
-# What options ask of a conversation's texts after it was read: mended, masked, filled in, cut, or refused.
-
-
-_USER = re.compile(r"\{\{\s*user\s*\}\}|<USER>", re.IGNORECASE)
-_CHARACTER = re.compile(r"\{\{\s*char\s*\}\}|<(?:BOT|CHAR)>", re.IGNORECASE)
+# --- options: texts mended, masked, filled in, cut or refused -------------------------------------------------------
 
 
 def refine(draft: Draft, options: Options) -> list[Draft]:
-    """The draft as the options want it: one, or with --too-long split several; a fault stands in the draft."""
+    """The draft after the options were applied; several with --too-long split. A fault is set in the draft."""
     if draft.fault:
         return [draft]
     if options.fix_text or options.redact or options.characters or options.user_name is not None:
@@ -182,12 +188,12 @@ def _refined(text: str, repairs: Counter[str], options: Options) -> str:
 
 
 def fill_in(text: str, repairs: Counter[str], options: Options) -> str:
-    """The placeholders of role-play cards replaced by names, where the names are given."""
+    """`text` with {{user}} and {{char}} replaced by names, if the options name them."""
     count = 0
     if options.user_name is not None:
-        text, count = _USER.subn(lambda _: options.user_name or "", text)
+        text, count = USER_MACRO.subn(lambda _: options.user_name or "", text)
     if options.characters:
-        text, more = _CHARACTER.subn(lambda _: options.characters[0], text)
+        text, more = CHARACTER_MACRO.subn(lambda _: options.characters[0], text)
         count += more
     if count:
         repairs["placeholders replaced by names"] += count
@@ -198,12 +204,12 @@ _GARBLED = re.compile(r"[ÃÂâåæäçèé][\x80-\xbf\u0152-\u0178\u2013-\u2122
 
 
 def garbled(text: str) -> bool:
-    """Whether a text looks like UTF-8 that was read as another encoding."""
+    """Whether a text looks like mojibake: UTF-8 that was read in another encoding."""
     return not text.isascii() and ("锟斤拷" in text or _GARBLED.search(text) is not None)
 
 
 def mend(text: str, repairs: Counter[str]) -> str:
-    """`text` as it was before UTF-8 was read as Windows-1252, Latin-1 or GBK, where that gives clean text again."""
+    """`text` before its UTF-8 was read as Windows-1252, Latin-1 or GBK, if undoing that gives clean text."""
     if not garbled(text):
         return text
     for encoding in ("cp1252", "latin-1", "gb18030"):
@@ -220,16 +226,16 @@ def mend(text: str, repairs: Counter[str]) -> str:
 def _too_short(draft: Draft, minimum: int) -> RecordFault | None:
     for index, message in enumerate(draft.messages):
         if message["role"] == "assistant" and len(message["content"]) < minimum:
-            reason = f"a reply of {len(message['content'])} characters, fewer than --min-chars {minimum}"
+            reason = f"found a reply of {len(message['content'])} characters, fewer than --min-chars {minimum}"
             return RecordFault("TOO_SHORT", f"$.messages[{index}].content", reason, "lower --min-chars to keep it")
     return None
 
 
 def _shortened(draft: Draft, options: Options) -> list[Draft]:
-    """Without the turns that are too long: the part before the first, or every part, and never a part of a turn."""
+    """The conversation without turns that are too long: its first part, or all parts; a turn is never cut."""
     long = [i for i, message in enumerate(draft.messages) if len(message["content"]) > options.max_chars]
-    reason = f"{len(draft.messages[long[0]]['content']):,} characters in one turn, more than {options.max_chars:,}"
-    fix = "--too-long truncate keeps the turns before it, split those after it too; --max-chars allows more"
+    reason = f"found {len(draft.messages[long[0]]['content']):,} characters in a turn, more than {options.max_chars:,}"
+    fix = "--too-long truncate keeps the turns before it, --too-long split also those after it; or raise --max-chars"
     fault = RecordFault("TOO_LONG", f"$.messages[{long[0]}].content", reason, fix)
     system = draft.messages[:1] if draft.messages[0]["role"] == "system" else []
     parts = _parts(draft.messages[len(system) :], options)
@@ -238,18 +244,17 @@ def _shortened(draft: Draft, options: Options) -> list[Draft]:
     name = "conversation cut before a turn that is too long"
     if options.too_long == "truncate":
         parts = parts[:1]
-    counted = [
-        Draft([*system, *part], Counter({name: 1}), draft.meta, draft.group, draft.line, draft.path) for part in parts
+    drafts = [
+        Draft([*system, *part], Counter({name: 1}), draft.meta, draft.group, draft.line, draft.path, part=True)
+        for part in parts
     ]
-    for draft_part in counted:
-        draft_part.part = True
-    counted[0].repairs += draft.repairs
-    counted[0].learned, counted[0].context, counted[0].fresh = draft.learned, draft.context, draft.fresh
-    return counted
+    drafts[0].repairs += draft.repairs
+    drafts[0].learned, drafts[0].context, drafts[0].fresh = draft.learned, draft.context, draft.fresh
+    return drafts
 
 
 def _parts(messages: list[Message], options: Options) -> list[list[Message]]:
-    """The runs of whole exchanges between turns that are too long."""
+    """The exchanges between turns that are too long."""
     parts: list[list[Message]] = []
     current: list[Message] = []
     for question, reply in zip(messages[::2], messages[1::2], strict=False):

@@ -1,11 +1,11 @@
-"""What a family of formats hands to the pipeline: a conversation on its way to a record, or why it is none."""
+"""A conversation on its way from a format to a record, or why it is rejected."""
 
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 from persona.console import excerpt
+from persona.files import JsonObject
 from persona.records import RecordFault
 
 Message = dict[str, str]
@@ -18,17 +18,17 @@ class Draft:
 
     messages: list[Message]
     repairs: Counter[str] = field(default_factory=Counter)
-    meta: dict[str, Any] = field(default_factory=dict)
-    group: str = ""  # what may not be torn, within the file; "" for a row by itself
+    meta: JsonObject = field(default_factory=dict)
+    group: str = ""  # drafts of one group stay on one side of the split; "" for a draft by itself
     line: int = 0
     path: str = "$"
     fault: RecordFault | None = None
     source_text: str = ""  # for the excerpt of a rejection
     learned: int = 0  # speeches, for formats with named speakers
-    context: int = 0
-    part: bool = False  # of a row that was cut into several, which are one group
-    plain: bool = False  # in turn, all texts printable but for line ends, and without outer white space
-    fresh: bool = True  # made here from raw data; our own records come as they are, repetitions of lore included
+    context: int = 0  # speeches
+    part: bool = False  # one of several parts of a row, which are one group
+    plain: bool = False  # roles alternate; texts are printable except line ends, without outer white space
+    fresh: bool = True  # from raw data; False for our own records, whose repetitions of lore are kept
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Rejection:
 
 
 def reject(file: str, draft: Draft, fault: RecordFault) -> Rejection:
-    """The rejection of `draft`; a path inside a record is written as a path inside the file."""
+    """The rejection of `draft`, with a path inside the file instead of the record."""
     path = draft.path + fault.path.removeprefix("$")
     texts = (file, path, fault.code, fault.reason, fault.fix, excerpt(draft.source_text[:1000]))
     file, path, code, reason, fix, shown = (printable(text) for text in texts)
@@ -61,11 +61,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def extras(row: dict[str, Any], known: frozenset[str], repairs: Counter[str]) -> dict[str, Any]:
-    """The meta for keys of a row that no format reads: short scalars (`id`, `score`) are kept, others counted."""
+def extras(row: JsonObject, known: frozenset[str], repairs: Counter[str]) -> JsonObject:
+    """Meta of the keys that the format does not read: short scalars (`id`, `score`) are kept, others counted."""
     if row.keys() <= known:
         return {}
-    kept: dict[str, Any] = {}
+    kept: JsonObject = {}
     for key, value in row.items():
         if key in known or value is None:
             continue

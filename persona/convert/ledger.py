@@ -16,8 +16,6 @@ from persona.convert.split import Seen, Split, fingerprint, once_more
 from persona.records import Record, RecordFault, check_messages, check_type, rank
 
 TRAIN, VALIDATION, LORE = "train.jsonl", "val.jsonl", "lore.jsonl"
-ARTICLE_NAMES = {TRAIN: "sft_train.jsonl", VALIDATION: "sft_val.jsonl", LORE: LORE}
-STATISTICS = "dataset_stats.json"
 REPORT, REJECTED, PAGE = "report.json", "rejected.jsonl", "report.html"
 SAMPLED = 2000  # records that the data report measures; fewer are measured whole
 _SHOWN = 3  # rejections kept of each code for the terminal
@@ -37,7 +35,6 @@ class Account:
         self.not_used: Counter[str] = Counter()
         self.first: list[Record] = []
         self.system_prompt: str | None = None  # of a character card
-        self.articles: dict[str, Any] = {}  # what dataset_stats.json says, where there are articles
         self.names = {TRAIN: TRAIN, VALIDATION: VALIDATION, LORE: LORE}
         self.shown: dict[str, list[Rejection]] = defaultdict(list)
         self._seen, self._split, self._shuffle = Seen(), Split(folder), Shuffle(folder)

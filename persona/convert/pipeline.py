@@ -15,26 +15,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from persona.console import excerpt, table
-from persona.convert import articles
 from persona.convert.draft import Rejection
-from persona.convert.formats import characters
-from persona.convert.formats.dialogue import fold_name
-from persona.convert.formats.recognise import ARTICLES, LINES, Intake
+from persona.convert.formats.format import Intake
+from persona.convert.formats.recognise import TEXT_FORMATS
+from persona.convert.formats.scenes import fold_name
 from persona.convert.inputs import Foreign, Source
 from persona.convert.ledger import (
-    ARTICLE_NAMES,
     LORE,
     PAGE,
     REJECTED,
     REPORT,
-    STATISTICS,
     TRAIN,
     VALIDATION,
     Account,
 )
 from persona.convert.options import Options
 from persona.convert.output import Staged, explain_disk
-from persona.convert.reading import Opened, open_source
+from persona.convert.reading import Opened, open_source, read_together
 from persona.convert.report import warnings_of
 from persona.convert.report_page import page
 from persona.convert.statistics import measure
@@ -93,7 +90,11 @@ def _flag(name: str) -> str:
 
 
 # In the order in which they get their names: the data before the reports
-OUTPUTS = (TRAIN, VALIDATION, *ARTICLE_NAMES.values(), STATISTICS, REJECTED, REPORT, PAGE)
+OUTPUTS = (
+    *(TRAIN, VALIDATION),
+    *(name for one in TEXT_FORMATS for name in (*one.names.values(), one.statistics) if name),
+    *(LORE, REJECTED, REPORT, PAGE),
+)
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,15 @@ def convert_files(
         folder = stack.enter_context(TemporaryDirectory(prefix=".convert-", dir=staged.folder))
         account = stack.enter_context(closing(Account(options, staged, Path(folder), keep)))
         entries: list[dict[str, Any]] = []
+        tallies = {} if faults else read_together(opened, options)
+        if len({file.format for file in opened}) == 1:
+            for one in tallies:
+                account.names |= one.names
         for file in opened:
             try:
-                entries += _read(file, options, account) if file.format != ARTICLES else []
+                entries.append(_read(file, options, account))
             except DataError as fault:
                 faults.append(str(fault))
-        if all(file.format == ARTICLES for file in opened):
-            account.names = ARTICLE_NAMES
-        together = [file for file in opened if file.format == ARTICLES]
-        if together and not faults:
-            entries += articles.read(together, options, account)
         if faults:
             more = [f"... and {len(faults) - SHOWN_FAULTS} more files"] if len(faults) > SHOWN_FAULTS else []
             raise DataError("\n".join([*faults[:SHOWN_FAULTS], *more, "Nothing was written."]))
@@ -135,12 +135,14 @@ def convert_files(
         lore_beside = (staged.folder / LORE).exists()
     report = _report(account, options, entries, skipped, written)
     report |= {"lore_beside": lore_beside}
+    for one, tally in tallies.items():
+        counts = {"total_samples": report["written"], "train_samples": report["train"], "val_samples": report["val"]}
+        share = round(report["train"] / max(1, report["train"] + report["val"]), 4)
+        report[one.name] = {**tally.to_json(), **counts, "train_ratio": share}
     tokenizer = options.tokenizer if options.tokenizer_is_local else None
     report["statistics"] = measure(sample, report["written"], tokenizer)
     report["warnings"] = warnings_of(report, sample)
     report["speakers"] = dict(speakers.most_common(50))
-    if any(file.format == LINES for file in opened):
-        report["system_prompt"] = characters.system_prompt(options)
     if options.val_ratio and report["written"] and not report["val"]:
         count = "1 record" if report["written"] == 1 else f"{report['written']:,} records"
         found = f"{count} in one group, so none can be held out"
@@ -169,35 +171,33 @@ def _survey(
     return opened, faults, skipped
 
 
-def _read(file: Opened, options: Options, account: Account) -> list[dict[str, Any]]:
+def _read(file: Opened, options: Options, account: Account) -> dict[str, Any]:
     """The drafts of a file settled; its entry in the report."""
     intake = Intake()
     before = account.outcome.copy()
-    for number, draft in enumerate(file.read(intake, options), 1):
+    for number, draft in enumerate(file.drafts(options, intake), 1):
         account.settle(draft, file.source, number)
     account.speeches["total"] += intake.speeches
     account.not_used += intake.not_used
     account.repairs.update(intake.repairs)
-    account.system_prompt = account.system_prompt or intake.system_prompt
+    account.system_prompt = intake.system_prompt or account.system_prompt
     notes = list(file.notes)
     if intake.other_splits:
         others = ", ".join(f"{name} ({count:,})" for name, count in intake.other_splits.items())
         notes.append(f"not of --split {options.split}: {others}")
     reasons = " and ".join(intake.reasons)
     if not intake.formats and not options.split and account.outcome == before:
-        intake.formats[file.format] = 0
-    return [
-        {
-            "file": file.source.name,
-            "formats": dict(intake.formats),
-            "why": ", ".join(part for part in (file.why, reasons) if part),
-            "encoding": file.found.label,
-            "bytes": file.found.size,
-            "sha256": file.found.digest,
-            **{name: account.outcome[name] - before[name] for name in ("read", "written", "rejected", "duplicates")},
-            "notes": notes,
-        }
-    ]
+        intake.formats[file.name] = 0
+    return {
+        "file": file.source.name,
+        "formats": dict(intake.formats),
+        "why": ", ".join(part for part in (file.why, reasons) if part),
+        "encoding": file.probed.label,
+        "bytes": file.probed.size,
+        "sha256": file.probed.digest,
+        **{name: account.outcome[name] - before[name] for name in ("read", "written", "rejected", "duplicates")},
+        "notes": notes,
+    }
 
 
 def _report(
@@ -226,10 +226,6 @@ def _report(
         "unknown_roles": dict(account.roles.most_common(20)),
         "speeches": _speeches(account),
     }
-    if account.articles:
-        counts = {"total_samples": outcome["written"], "train_samples": report["train"], "val_samples": report["val"]}
-        share = round(report["train"] / max(1, report["train"] + report["val"]), 4)
-        report["articles"] = {**account.articles, **counts, "train_ratio": share}
     report["names"] = {"train": account.names[TRAIN], "val": account.names[VALIDATION]}
     return report
 
@@ -259,8 +255,9 @@ def publish(conversion: Conversion, staged: Staged) -> list[str]:
     with explain_disk(staged.folder):
         staged.write_line(REPORT, _readable(report))
         staged.write_line(PAGE, page(report, conversion.examples).encode("utf-8", "backslashreplace"))
-        if "articles" in report:
-            staged.write_line(STATISTICS, _readable(report["articles"]))
+        for one in TEXT_FORMATS:
+            if one.statistics and one.name in report:
+                staged.write_line(one.statistics, _readable(report[one.name]))
         return staged.publish(OUTPUTS, (report["names"]["val"],) if report["written"] else ())
 
 

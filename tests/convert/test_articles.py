@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making.converting import convert_data, convert_paths
 
-from persona.convert import articles
+from persona.convert.formats import articles
 from persona.errors import UsageError
 
 

@@ -1,7 +1,10 @@
 """Formats beyond instruction data: tables, pairs, chats, cards, character lines, with the traps of real files."""
 
 import base64
+import hashlib
 import json
+import random
+import zlib
 
 import pytest
 from making.converting import convert_data, convert_paths
@@ -195,23 +198,100 @@ def test_cards():
     assert [record.messages for record in again.records] == [record.messages for record in conversion.records]
 
 
-def png(*chunks):
-    body = b"".join(len(data).to_bytes(4, "big") + kind + data + b"\0\0\0\0" for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + body
+def chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
 
-def test_cards_in_pictures():
-    old, new = ({**CARD, "name": name} for name in ("Old", "New"))
-    texts = [
-        (b"tEXt", key + b"\0" + base64.b64encode(json.dumps(card).encode()))
-        for key, card in ((b"ccv3", new), (b"chara", old))
-    ]
-    assert convert_data(png(*texts), max_reject=1).records[0].meta["character"] == "New"
-    for broken in (png(), png((b"tEXt", b"chara\0!!")), png((b"tEXt", b"chara\0" + base64.b64encode(b"[1]")))):
-        with pytest.raises(DataError, match=r"in\.txt: "):
-            convert_data(broken)
-    with pytest.raises(DataError, match="without a character card"):
-        convert_data(png((b"zTXt", b"other\0\0x")))
+HEADER = chunk(b"IHDR", b"\0\0\0\1\0\0\0\1\x08\0\0\0\0")  # one grey pixel
+
+
+def png(*texts, behind=()):
+    """A picture with text chunks before and behind the pixels."""
+    pixels = chunk(b"IDAT", zlib.compress(b"\0\0"))
+    before, after = (b"".join(chunk(*text) for text in some) for some in (texts, behind))
+    return b"\x89PNG\r\n\x1a\n" + HEADER + before + pixels + after + chunk(b"IEND", b"")
+
+
+def packed(card):
+    return base64.b64encode((card if isinstance(card, str) else json.dumps(card)).encode())
+
+
+OLD, NEW = ({**CARD, "name": name} for name in ("Old", "New"))
+CHUNKS = {
+    "tEXt": lambda key, data: (b"tEXt", key + b"\0" + data),
+    "zTXt": lambda key, data: (b"zTXt", key + b"\0\0" + zlib.compress(data)),
+    "iTXt": lambda key, data: (b"iTXt", key + b"\0\0\0\0\0" + data),
+    "iTXt, compressed": lambda key, data: (b"iTXt", key + b"\0\1\0\0\0" + zlib.compress(data)),
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind the pixels"])
+def test_cards_in_pictures(kind, behind):
+    old, new = (CHUNKS[kind](key, packed(card)) for key, card in ((b"chara", OLD), (b"ccv3", NEW)))
+    for chunks, name in (([old], "Old"), ([new], "New"), ([new, old], "New"), ([old, new], "New")):
+        picture = png(behind=chunks) if behind else png(*chunks)
+        conversion = convert_data(picture, "in.png", max_reject=1)
+        assert conversion.records[0].meta["character"] == name
+        (entry,) = conversion.report["files"]
+        assert entry["why"] == "PNG, character card, version 1"
+        assert entry["sha256"] == hashlib.sha256(picture).hexdigest()
+
+
+CARD_CHUNK = CHUNKS["tEXt"](b"chara", packed(CARD))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(), "holds no character card"),
+        (png(CHUNKS["zTXt"](b"other", b"x")), "holds no character card"),
+        (png(CHUNKS["tEXt"](b"chara", b"!!")), "is damaged .not JSON in base64"),
+        (png(CHUNKS["tEXt"](b"chara", packed('{"name": '))), "is damaged .not JSON in base64"),
+        (png(CHUNKS["tEXt"](b"chara", packed("[1]"))), "JSON that is not a character card"),
+        (png(CHUNKS["tEXt"](b"chara", packed({"name": "Ada"}))), "JSON that is not a character card"),
+        (png((b"zTXt", b"chara\0\0no zlib")), "is damaged .not JSON in base64"),
+        (png(CARD_CHUNK)[:8], "picture is damaged"),
+        (png(CARD_CHUNK)[:60], "picture is damaged"),
+        (png(CARD_CHUNK)[:-26], "picture is damaged"),
+        (png(CARD_CHUNK).replace(b"chara", b"chars"), "picture is damaged .*checksum"),
+        (png(CHUNKS["zTXt"](b"chara", b"x" * 2_000_000)), "too much text .*MAX_TEXT_CHUNK"),
+        (png(CHUNKS["iTXt, compressed"](b"chara", b"x" * 2_000_000)), "too much text .*MAX_TEXT_CHUNK"),
+        (png(behind=[CHUNKS["zTXt"](b"chara", b"x" * 2_000_000)]), "too much text .*MAX_TEXT_CHUNK"),
+        (png(*[CHUNKS["zTXt"](b"chara", b"x" * 1_000_000)] * 70), "too much text .*MAX_TEXT_MEMORY"),
+        (
+            png(CARD_CHUNK).replace(HEADER, chunk(b"IHDR", b"\0\0\xff\0\0\0\xff\0\x08\0\0\0\0")),
+            "65,280 x 65,280 pixels",
+        ),
+    ],
+)
+def test_pictures_without_a_card_that_can_be_read(data, message):
+    with pytest.raises(DataError, match=rf"in\.png: .*{message}"):
+        convert_data(data, "in.png")
+
+
+def test_a_card_in_a_picture_is_read_as_strictly_as_other_json():
+    twice = json.dumps(CARD)[:-1] + ', "name": "Bo"}'
+    (rejection,) = convert_data(png(CHUNKS["tEXt"](b"chara", packed(twice))), max_reject=1).rejections
+    assert (rejection["code"], rejection["reason"]) == ("UNSAFE_JSON", 'the key "name" is there 2 times in one object')
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damage_to_a_picture_gives_a_card_or_a_message(seed):
+    draw, read, messages = random.Random(seed), 0, []
+    for _ in range(50):
+        data = bytearray(png(CARD_CHUNK, behind=[CHUNKS["zTXt"](b"ccv3", packed(NEW))]))
+        for _ in range(draw.randint(1, 3)):
+            data[draw.randrange(8, len(data))] = draw.randrange(256)
+        if draw.random() < 0.3:
+            data = data[: draw.randint(8, len(data))]
+        try:
+            read += convert_data(bytes(data), "in.png").report["read"]
+        except DataError as fault:
+            messages.append(str(fault))
+    assert read > 0, "some pictures can still be read"
+    assert messages
+    assert all(message.startswith("in.png: ") for message in messages)
 
 
 LINES = [

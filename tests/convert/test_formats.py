@@ -219,7 +219,7 @@ def test_encodings(encode, encoding):
         (b'[{"a": None}]', "Python value"),
         (b'[{a: "b"}]', "a word without quotes"),
         (b'[{"a": "b\nc"}]', "a line break or tab inside a text"),
-        (b'[{"a": "\\x"}]', "a backslash that begins nothing"),
+        (b'[{"a": "\\x"}]', "a backslash without an escape"),
         (b'[{"a": 1}\n {"b": 2}]', ":2:2  found a value with no comma before it"),
         (b'[{"a": 1}', "ends inside a value"),
         (b'[{"a": "b', "ends inside a value"),

@@ -162,7 +162,7 @@ def test_folders_leave_out_reports_and_say_so(tmp_path):
     said = describe(conversion.report, {})
     for name in ("report.json", "rejected.jsonl", "README.md", ".hidden", "photo.png", "photo.jpg", "notes.txt"):
         assert f"{name}: " in said
-    with pytest.raises(DataError, match="without a character card"):
+    with pytest.raises(DataError, match="picture is damaged"):
         convert(tmp_path / "photo.png")
 
 

@@ -1,11 +1,15 @@
-"""What chat programs have in common: messages with a sender and a time, cut into conversations where nobody spoke."""
+"""Chats: messages with a sender and a time, cut into conversations at pauses; and the plain text of QQ and WhatsApp.
+
+QQ writes the sender on a line above the words, WhatsApp both on one line. For JSON and tables see `chat_exports`.
+"""
 
 import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from persona.convert.formats.dialogue import Script, Speech
+from persona.convert.formats.format import Text, TextFormat
+from persona.convert.formats.scenes import Script, Speech
 from persona.convert.options import Options
 
 SYSTEM_LINE = "notice of the chat program"
@@ -26,12 +30,24 @@ _NOTICE = re.compile(
     re.IGNORECASE,
 )
 _MARKS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")  # invisible direction marks that exports add
+_QQ = re.compile(
+    r"(?P<time>\d{4}[-/]\d{1,2}[-/]\d{1,2} \d{1,2}:\d{2}:\d{2}) (?:【[^】]{1,20}】)?(?P<name>.*?)"
+    r"(?:\((?P<id>\d{4,12}|[^()\s]{1,64}@[^()\s]{1,64})\)|<(?P<mail>[^<>\s]{1,64}@[^<>\s]{1,64})>)?\s*"
+)
+_QQ_HEAD = re.compile(r"={10,}|消息(?:分组|对象)[:：].*")  # before the messages of each friend
+_WHATSAPP = re.compile(
+    r"\[?(?P<date>\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),? "
+    r"(?P<clock>\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:[ \u202f\u00a0]?[AaPp]\.?[Mm]\.?)?)"
+    r"(?:\] ?| - )(?P<rest>.*)"
+)
+_NAMED = re.compile(r"(?P<name>[^:]{1,60}?): (?P<text>.*)", re.DOTALL)
+_QQ_NOTICES = ("系统消息", "10000", "1000000")
 _TIMES = ("%Y-%m-%d %H:%M:%S", "%Y/%m/%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y/%m/%d %H:%M")
 
 
 @dataclass(slots=True)
-class Said:
-    """One message; `left_out` says why it is no speech."""
+class ChatMessage:
+    """One message; `left_out` is the reason why it is not a speech."""
 
     speaker: str
     text: str
@@ -46,31 +62,31 @@ def without_marks(text: str) -> str:
 
 
 def seconds(value: object) -> float | None:
-    """A time as programs write it, in seconds; None where it is no time."""
+    """A time, in any form that chat programs write, in seconds; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value / 1000 if abs(value) > 1e11 else float(value)
     text = str(value or "").strip()
     if re.fullmatch(r"\d{9,13}(?:\.\d{1,9})?", text):
         return seconds(float(text))
     try:
-        found = datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
     except ValueError:
-        found = next((time for pattern in _TIMES if (time := _read(text, pattern))), None)
-    if found is None:
+        time = next((time for pattern in _TIMES if (time := _parsed(text, pattern))), None)
+    if time is None:
         return None
-    aware = found if found.tzinfo else found.replace(tzinfo=UTC)  # only differences count
+    aware = time if time.tzinfo else time.replace(tzinfo=UTC)  # only differences count
     return (aware - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
 
 
-def _read(text: str, pattern: str) -> datetime | None:
+def _parsed(text: str, pattern: str) -> datetime | None:
     try:
         return datetime.strptime(text, pattern)
     except ValueError:
         return None
 
 
-def to_script(messages: list[Said], options: Options) -> Script:
-    """The speeches of a chat; a pause longer than --max-gap is the border of a scene."""
+def to_script(messages: list[ChatMessage], options: Options) -> Script:
+    """The speeches of a chat; a pause longer than --max-gap ends a scene."""
     speeches: list[Speech] = []
     left_out: Counter[str] = Counter()
     scene, last = 0, None
@@ -98,60 +114,29 @@ def _why_left_out(text: str) -> str | None:
     return SYSTEM_LINE if _NOTICE.fullmatch(text) else None
 
 
-# --- chat texts -------------------------------------------------------------------------------------------------------
-# Chats exported as plain text: QQ, with the sender on a line above the words, and WhatsApp, with both on one line.
-
-
-_QQ = re.compile(
-    r"(?P<time>\d{4}[-/]\d{1,2}[-/]\d{1,2} \d{1,2}:\d{2}:\d{2}) (?:【[^】]{1,20}】)?(?P<name>.*?)"
-    r"(?:\((?P<id>\d{4,12}|[^()\s]{1,64}@[^()\s]{1,64})\)|<(?P<mail>[^<>\s]{1,64}@[^<>\s]{1,64})>)?\s*"
-)
-_QQ_HEAD = re.compile(r"={10,}|消息(?:分组|对象)[:：].*")  # before the messages of each friend
-_WHATSAPP = re.compile(
-    r"\[?(?P<date>\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),? "
-    r"(?P<clock>\d{1,2}[:.]\d{2}(?:[:.]\d{2})?(?:[ \u202f\u00a0]?[AaPp]\.?[Mm]\.?)?)"
-    r"(?:\] ?| - )(?P<rest>.*)"
-)
-_NAMED = re.compile(r"(?P<name>[^:]{1,60}?): (?P<text>.*)", re.DOTALL)
-_QQ_NOTICES = ("系统消息", "10000", "1000000")
-
-
-def recognise_qq(head: str) -> str | None:
-    """Why the text is a QQ export, or None."""
-    found = [match for line in head.split("\n")[:200] if (match := _QQ.fullmatch(line.strip()))]
-    numbered = sum(bool(match["id"] or match["mail"]) for match in found)
+def _is_qq(text: Text, _options: Options) -> str | None:
+    headers = [match for line in text.head.split("\n")[:200] if (match := _QQ.fullmatch(line.strip()))]
+    numbered = sum(bool(match["id"] or match["mail"]) for match in headers)
     if numbered >= 2:
         return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME(12345)"
-    names = {match["name"] for match in found}  # a friend's chat has no numbers; lines of a log recur less
-    return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME" if len(found) >= 2 * len(names) > 0 else None
+    names = {match["name"] for match in headers}  # a chat with a friend has no numbers; lines of a log recur less
+    return "a QQ export: headers of the form 2017-02-25 10:40:20 NAME" if len(headers) >= 2 * len(names) > 0 else None
 
 
-def recognise_whatsapp(head: str) -> str | None:
-    """Why the text is a WhatsApp export, or None."""
-    lines = [without_marks(line) for line in head.split("\n")[:200]]
-    found = [match for line in lines if (match := _WHATSAPP.fullmatch(line.strip()))]
-    named = sum(_NAMED.fullmatch(match["rest"]) is not None for match in found)
-    return "a WhatsApp export: lines of the form [31/12/23, 23:59:59] NAME: words" if named >= 2 else None
-
-
-def read_qq(text: str, options: Options) -> Script:
-    """The speeches of a QQ export; senders are told apart by their names as they stand there."""
-    messages: list[Said] = []
-    words: list[str] | None = None
-    kept: list[tuple[Said, list[str]]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if head := _QQ.fullmatch(line.strip()):
-            notice = head["name"] in _QQ_NOTICES or head["id"] in _QQ_NOTICES
-            name = head["name"].strip() or head["id"] or head["mail"]
-            said = Said(name, "", number, seconds(_padded(head["time"])), SYSTEM_LINE if notice else None)
-            words = []
-            kept.append((said, words))
-            messages.append(said)
-        elif words is not None and not _QQ_HEAD.fullmatch(line.strip()):
-            words.append(line)
-    for said, lines in kept:
-        said.text = "\n".join(lines).strip()
-    return to_script(messages, options)
+def _qq(text: Text, options: Options) -> Script:
+    """The speeches of a QQ export; a sender is known by the name in the header."""
+    messages: list[tuple[ChatMessage, list[str]]] = []
+    for number, line in enumerate(text.whole().split("\n"), 1):
+        if header := _QQ.fullmatch(line.strip()):
+            notice = header["name"] in _QQ_NOTICES or header["id"] in _QQ_NOTICES
+            name = header["name"].strip() or header["id"] or header["mail"]
+            time = seconds(_padded(header["time"]))
+            messages.append((ChatMessage(name, "", number, time, SYSTEM_LINE if notice else None), []))
+        elif messages and not _QQ_HEAD.fullmatch(line.strip()):
+            messages[-1][1].append(line)
+    for message, lines in messages:
+        message.text = "\n".join(lines).strip()
+    return to_script([message for message, _ in messages], options)
 
 
 def _padded(time: str) -> str:
@@ -160,26 +145,34 @@ def _padded(time: str) -> str:
     return f"{year}-{month:0>2}-{day:0>2} {clock:0>8}"
 
 
-def read_whatsapp(text: str, options: Options) -> Script:
-    """The speeches of a WhatsApp export; lines without a time go on with the message before them."""
-    messages: list[Said] = []
-    day_first = _day_first(text)
-    for number, raw in enumerate(text.split("\n"), 1):
+def _is_whatsapp(text: Text, _options: Options) -> str | None:
+    lines = [without_marks(line) for line in text.head.split("\n")[:200]]
+    matches = [match for line in lines if (match := _WHATSAPP.fullmatch(line.strip()))]
+    named = sum(_NAMED.fullmatch(match["rest"]) is not None for match in matches)
+    return "a WhatsApp export: lines of the form [31/12/23, 23:59:59] NAME: words" if named >= 2 else None
+
+
+def _whatsapp(text: Text, options: Options) -> Script:
+    """The speeches of a WhatsApp export; a line without a time belongs to the message before it."""
+    messages: list[ChatMessage] = []
+    whole = text.whole()
+    day_first = _day_first(whole)
+    for number, raw in enumerate(whole.split("\n"), 1):
         line = without_marks(raw).rstrip("\r")
         if match := _WHATSAPP.fullmatch(line):
             named = _NAMED.fullmatch(match["rest"])
             time = _time(match["date"], match["clock"], day_first)
             if named:
-                messages.append(Said(named["name"].strip(" ~"), named["text"], number, time))
+                messages.append(ChatMessage(named["name"].strip(" ~"), named["text"], number, time))
             else:
-                messages.append(Said("", match["rest"], number, time, SYSTEM_LINE))
+                messages.append(ChatMessage("", match["rest"], number, time, SYSTEM_LINE))
         elif messages:
             messages[-1].text += f"\n{line}"
     return to_script(messages, options)
 
 
 def _day_first(text: str) -> bool:
-    """Whether dates begin with the day: some first number is above 12, or no second one is."""
+    """Whether dates begin with the day: some first number is above 12, or no second number is."""
     dates = [re.split(r"[./-]", match["date"]) for match in _WHATSAPP.finditer(without_marks(text)[:1_000_000])]
     return any(int(date[0]) > 12 for date in dates) or not any(int(date[1]) > 12 for date in dates)
 
@@ -193,3 +186,7 @@ def _time(date: str, clock: str, day_first: bool) -> float | None:
     hour = int(parts[0]) % 12 + 12 * ("p" in clock.lower()) if "m" in clock.lower() else int(parts[0])
     rest = ":".join(parts[1:]) if len(parts) > 2 else f"{parts[1]}:00"
     return seconds(f"{int(year) + 2000 * (len(year) == 2)}-{month:0>2}-{day:0>2} {hour:02}:{rest}")
+
+
+QQ = TextFormat("qq", _is_qq, _qq)
+WHATSAPP = TextFormat("whatsapp", _is_whatsapp, _whatsapp)

@@ -1,19 +1,23 @@
-"""Raw dialogue text, `NAME: line`, `名：「台词」`, or plays with the name alone above the speech, into speeches.
+"""Dialogue as plain text, `NAME: line`, `名：「台词」`, or plays with the name alone above the speech, into speeches.
 
-Deciding what is a name is the whole art: a speech may hold colons too, and may hold them at the start of a line.
+The hard part is to tell a name from other words before a colon, for a line of a speech may begin like that too.
 """
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from persona.console import display_width
+from persona.convert.formats.format import Text, TextFormat
+from persona.convert.formats.scenes import MAX_SILENCE, NARRATOR, Script, Speech, fold_name
+from persona.convert.inputs import Foreign
+from persona.convert.options import Options
 
 MAX_NAME_WIDTH = 30  # columns, so 15 Chinese characters: longer ones are sentences that end in a colon
 MAX_NAME_WORDS = 5  # "Ghost of King Henry VI"
-REGULAR_SHARE = 0.75  # of the lines begin with a name, in a script of one speech a line with some that run over
+REGULAR_SHARE = 0.75  # of the lines begin with a name if each speech has a line of its own, with a few longer ones
 _STOP = r":：。！？；!?;…“”\"「」『』<>|{}\[\]【】()（）\n"
 _COMMA = re.compile("[,，、]")  # "Senators, &C" above a speech; before words on the same line it is a sentence
 _HEAD = re.compile(
@@ -37,50 +41,19 @@ _QUOTES = {"「": "」", "『": "』", "“": "”", '"': '"'}
 _BLANK, _BORDER, _DIRECTION, _LINE = range(4)
 
 
-NARRATOR = "旁白"  # who speaks the lines that no one speaks
-
-
-@dataclass(frozen=True, slots=True)
-class Speech:
-    """What one speaker says at one place."""
-
-    speaker: str
-    text: str
-    line: int
-    scene: int
-
-
-@dataclass(frozen=True)
-class Script:
-    """The speeches of a file in order, and what was done to get them."""
-
-    speeches: list[Speech]
-    has_borders: bool
-    layout: str
-    repairs: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
-    narration: int = 0  # lines that belong to no speech
-    left_out: Counter[str] = field(default_factory=Counter)  # messages that are no speech, by what they are
-
-
 @dataclass(frozen=True, slots=True)
 class _Line:
     kind: int
     text: str
     number: int
     head: re.Match[str] | None
-    opens_block: bool  # nothing but an empty line, a scene head or a stage direction stands before it
-
-
-def fold_name(name: str) -> str:
-    """The same for spellings of a name that differ in case, spaces or Unicode form."""
-    return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
+    opens_block: bool  # follows an empty line, a scene head or a stage direction
 
 
 def parse(text: str, characters: Collection[str] = (), narrated: bool = False, quotes: bool = False) -> Script:
-    """The speeches of `text`; a name in `characters` is a speaker wherever it stands before a colon.
+    """The speeches of `text`; a name in `characters` before a colon is always a speaker.
 
-    With `narrated` the lines that no one speaks are speeches of NARRATOR; `quotes` keeps the quotes around speeches.
+    With `narrated`, lines without a speaker are speeches of NARRATOR; `quotes` keeps the quotes around speeches.
     """
     spaced = _SPACED.sub(r"\1：", text) if _is_spaced(text) else text
     lines = _classify(spaced)
@@ -105,7 +78,7 @@ def parse(text: str, characters: Collection[str] = (), narrated: bool = False, q
     once = [] if is_play else [line.head["name"] for line in heads if line.head and not begins_speech(line)]
     script = _collect(lines, begins_speech, is_play, once, narrated, quotes)
     if spaced is not text:
-        script.notes.append("a wide space behind a name is read as a colon")
+        script.notes.append("a wide space after a name was read as a colon")
     return script
 
 
@@ -117,10 +90,10 @@ def _is_spaced(text: str) -> bool:
 
 
 def _guests(lines: list[_Line], recurring: set[str]) -> set[str]:
-    """Names that stand once and are speakers all the same.
+    """Names that occur once and are speakers all the same, in a text in which most lines begin with a name.
 
-    Where most lines begin with a name, to take a guest's line for the end of the character's speech would teach
-    the character words of others. Among names in capitals one in small letters is a word: "Listen: ...".
+    Without this the guest's line would be added to the character's speech and be learned. If the known names are in
+    capitals, another one in small letters is a word: "Listen: ...".
     """
     heads = [line for line in lines if line.head]
     if len(heads) < REGULAR_SHARE * sum(line.kind == _LINE for line in lines):
@@ -129,14 +102,6 @@ def _guests(lines: list[_Line], recurring: set[str]) -> set[str]:
     capitals = bool(known) and all(name == name.upper() for name in known)
     names = [line.head["name"] for line in heads if line.head]
     return {fold_name(name) for name in names if not _COMMA.search(name) and (not capitals or name == name.upper())}
-
-
-def recognise(script: Script, characters: Collection[str]) -> bool:
-    """Whether the text is dialogue at all: someone speaks twice or is named, and most lines belong to a speech."""
-    names = {fold_name(name) for name in characters}
-    spoken = sum(speech.text.count("\n") + 1 for speech in script.speeches)
-    known = any(fold_name(speech.speaker) in names for speech in script.speeches)
-    return (len(script.speeches) >= 2 or known) and spoken >= script.narration
 
 
 def _classify(text: str) -> list[_Line]:
@@ -158,7 +123,7 @@ def _classify(text: str) -> list[_Line]:
 
 
 def _head(line: str) -> re.Match[str] | None:
-    """The match of a line that may begin a speech: what stands before the colon has the shape of a name."""
+    """The match of a line that may begin a speech, which has something like a name before its colon."""
     head = _HEAD.fullmatch(line)
     if head is None:
         return None
@@ -188,7 +153,7 @@ def _collect(
 ) -> Script:
     started: list[tuple[str, int, int, list[str]]] = []  # name, line, scene, lines of words
     repairs: Counter[str] = Counter()
-    words: list[str] | None = None  # of the speech that the next line may go on
+    words: list[str] | None = None  # of the speech that the next line may continue
     scene, narration, after_blank = 0, 0, False
     for line in lines:
         if line.kind == _DIRECTION:
@@ -209,8 +174,8 @@ def _collect(
                 words.append(line.text)
         after_blank = line.kind == _BLANK
     speeches = [
-        Speech(name, "\n".join(said) if quotes else strip_quotes("\n".join(said), repairs), number, part)
-        for name, number, part, said in started
+        Speech(name, "\n".join(spoken) if quotes else strip_quotes("\n".join(spoken), repairs), number, part)
+        for name, number, part, spoken in started
     ]
     layout = "names alone on a line, the speech below" if is_play else "lines of the form NAME: words"
     return Script(speeches, scene > 0, layout, +repairs, _notes(once, narration, narrated), narration)
@@ -221,10 +186,11 @@ def _notes(once: list[str], narration: int, narrated: bool) -> list[str]:
     if once:
         names = ", ".join(f'"{name}"' for name in list(dict.fromkeys(once))[:10])
         notes.append(
-            f"taken as words, not as speakers, for each stands once: {names} (an empty line before makes a speech)"
+            f"read as words of a speech, not as speakers, because each occurs once: {names} (an empty line before a "
+            "name makes it a speaker)"
         )
     if narration and not narrated:
-        notes.append(f"lines that no one speaks, not used: {narration:,} (a speech must not hold empty lines)")
+        notes.append(f"lines without a speaker, not used: {narration:,} (an empty line ends a speech)")
     return notes
 
 
@@ -240,3 +206,27 @@ def strip_quotes(text: str, repairs: Counter[str]) -> str:
             return text
     repairs["quotes around a speech removed"] += 1
     return text[1:-1].strip()
+
+
+_parsed = lru_cache(maxsize=1)(parse)  # a text is recognised and then read
+
+
+def _recognise(text: Text, options: Options) -> str | None:
+    """Someone speaks twice or is --character, and most lines belong to a speech."""
+    script = _parsed(text.head, tuple(options.characters), False, False)
+    names = {fold_name(name) for name in options.characters}
+    spoken = sum(speech.text.count("\n") + 1 for speech in script.speeches)
+    known = any(fold_name(speaker) in names for speaker in script.speakers)
+    return script.layout if (len(script.speeches) >= 2 or known) and spoken >= script.narration else None
+
+
+def _read(text: Text, options: Options) -> Script:
+    characters, narrated = tuple(options.characters), options.narration != "drop"
+    script = _parsed(text.whole(), characters, narrated, options.keep_quotes)
+    if not script.speeches:
+        raise Foreign(f"{text.name}: no line has the form NAME: words. Choose another --format.")
+    silence = f"no scene heads, so {MAX_SILENCE} lines without the character end a scene"
+    return replace(script, layout=f"{script.layout}, {'scenes by their heads' if script.has_borders else silence}")
+
+
+DIALOGUE = TextFormat("dialogue", _recognise, _read, prose=True)

@@ -1,26 +1,24 @@
-"""The rows of a JSON file with their places: one object a line, and what lists and columns of one object hold.
+"""The rows of a JSON file with one object a line, or of one object that holds columns or lists.
 
-Broken JSON is not repaired here unless `lenient`: the message names line and column and says what to write.
+Broken JSON is repaired only if `lenient`; else the message names line and column and says what to write.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from persona.convert.formats import lenient as lenient_json
+from persona.convert.formats.format import Row
 from persona.errors import DataError
-from persona.files import scan_json
+from persona.files import JsonObject, scan_json
 from persona.records import RecordFault
 
-# --- json faults ------------------------------------------------------------------------------------------------------
-# Broken JSON explained: what a person did to it, and how to mend it.
-
+# How JSON that people wrote by hand is broken: a pattern at the place of the fault, the fault, the fix.
 _SYMPTOMS = (
-    (r"//|/\*|#", "a comment", "JSON has none: delete it, and the placeholder it may stand for"),
-    (r"\.\.|…", "the placeholder ...", "it comes from a documentation: delete it"),
+    (r"//|/\*|#", "a comment", "JSON allows no comments: delete it"),
+    (r"\.\.|…", "the placeholder ...", "it was copied from documentation: delete it"),
     (r"'", "single quotes", 'write "double quotes" (json.dump writes them)'),
     (r"[“”‘’]", "curly quotes", 'write straight "double quotes"; a word processor has changed them'),
     (r"(?:True|False|None)\b", "a Python value", "write true, false or null (json.dump writes them)"),
@@ -30,24 +28,27 @@ _SYMPTOMS = (
 
 
 def explain(error: json.JSONDecodeError) -> tuple[str, str]:
-    """What a person did to make this JSON broken, and how to mend it."""
+    """The reason why JSON is broken, in words, and how to fix it."""
     rest = error.doc[error.pos :].lstrip(", \t\r\n")
     before = error.doc[: error.pos + 1].rstrip("]} \t\r\n")
     if error.msg.startswith("Nested"):
-        return error.msg.lower(), "this is no conversation: check the export"
+        return error.msg.lower(), "this is not a conversation: check the export"
     if error.doc[error.pos : error.pos + 1] == "," and before.rstrip(",").endswith("}"):
         return "a comma between objects", "put [ and ] around all of them, or delete the commas between the lines"
     if error.msg.startswith("Invalid control"):
         return "a line break or tab inside a text", r"write \n or \t instead"
     if error.msg.startswith("Invalid \\"):
-        return "a backslash that begins nothing", r"write \\ for a backslash"
+        return "a backslash without an escape", r"write \\ for a backslash"
     if not rest or error.msg.startswith("Unterminated"):
-        return "the file or line ends inside a value", "it was cut off, or a closing quote is missing: copy it again"
+        return (
+            "the file or line ends inside a value",
+            "it was cut off, or a closing quote is missing: copy it again",
+        )
     if rest[0] in "]}" and before.endswith(","):
         return "a comma before a closing bracket", "delete the last comma"
-    for pattern, found, fix in _SYMPTOMS:
+    for pattern, reason, fix in _SYMPTOMS:
         if re.match(pattern, rest):
-            return f"found {found}", fix
+            return f"found {reason}", fix
     return f"not JSON ({error.msg.lower()})", "check the brackets, commas and quotes before this place"
 
 
@@ -57,17 +58,15 @@ WRAPPERS = ("data", "train", "test", "validation", "valid", "val", "dev", "rows"
 _WRAPPED = re.compile(rf'\s*\{{\s*"(?:{"|".join(WRAPPERS)})"\s*:\s*\[')
 
 
-@dataclass(slots=True)
-class Row:
-    """One value of the file and its place; with a `fault` it cannot be used."""
+# The opening bracket of JSON, broken or not; `[Enter HAMLET]` and `[12:30]` are text.
+_START = re.compile(
+    r"""(?:\s*+(?>//[^\n]*|/\*.*?\*/|\.{3,}|…+))*+\s*+(?:\[\s*+(?:[{\["'\]/.…]|$)|\{\s*+(?:["'}/“”.…]|$))""", re.DOTALL
+)
 
-    value: Any
-    line: int
-    path: str
-    text: str
-    fault: RecordFault | None = None
-    repairs: Counter[str] | None = None
-    split: str | None = None  # the key of the list it stands in: "train", "test"
+
+def is_json(text: str) -> bool:
+    """Whether a text is meant to be JSON, well-formed or not."""
+    return _START.match(text[:10_000]) is not None
 
 
 def is_wrapped(head: str) -> bool:
@@ -93,8 +92,8 @@ def one_object_a_line(head: str) -> bool:
 
 
 def skip_space(text: str, position: int) -> int:
-    """The next place that is no white space of JSON."""
-    if text[position : position + 1] > " ":  # nearly always, and told without a pattern
+    """The next place without white space of JSON."""
+    if text[position : position + 1] > " ":  # nearly always, and faster than the pattern
         return position
     match = _SPACE.match(text, position)
     return match.end() if match else position
@@ -103,7 +102,7 @@ def skip_space(text: str, position: int) -> int:
 def line_rows(stream: TextIO, name: str, limit: int, lenient: bool, repairs: Counter[str]) -> Iterator[Row]:
     """The rows of a file with one object a line; a broken line costs that line only."""
     number = 0
-    while line := stream.readline(limit):  # split at LF only: U+2028 may stand inside a text
+    while line := stream.readline(limit):  # split at LF only: a text may hold U+2028
         number += 1
         if len(line) >= limit:
             raise too_long(name, number, limit)
@@ -143,48 +142,41 @@ def _mended(line: str, begin: int, number: int, error: json.JSONDecodeError) -> 
 
 
 def too_long(name: str, line: int, limit: int) -> DataError:
-    """What is said of a record above the limit."""
+    """The fault of a record above --max-record."""
     size = f"{limit / 1e6:g} million characters"
-    return DataError(f"{name}:{line}  one record is longer than {size}. Cut it, or raise --max-record (in millions).")
+    return DataError(f"{name}:{line}  a record is longer than {size}. Cut it, or raise --max-record (in millions).")
 
 
 def unsafe(fault: str | None) -> RecordFault | None:
-    """The fault of a value that is JSON but cannot be used."""
+    """The fault of JSON that is well-formed and still cannot be used."""
     if fault is None:
         return None
     return RecordFault("UNSAFE_JSON", "$", fault, "write each key once, plain numbers, and fewer levels")
 
 
 def columns(row: Row, name: str) -> list[Row] | None:
-    """The rows of {"instruction": [...], "input": [...], "output": [...]}; None if the object is not of that kind."""
+    """The rows of {"instruction": [...], "input": [...], "output": [...]}; None for another object."""
     if row.fault or not isinstance(row.value, dict):
         return None
-    found = {key: values for key, values in row.value.items() if isinstance(values, list)}
-    if not {"instruction", "output"} <= found.keys():
+    lists = {key: values for key, values in row.value.items() if isinstance(values, list)}
+    if not {"instruction", "output"} <= lists.keys():
         return None
-    lengths = {key: len(values) for key, values in found.items()}
+    lengths = {key: len(values) for key, values in lists.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{name}  the columns differ in length: {lengths}. Give each column the same number of values.")
-    values = (dict(zip(found, cells, strict=True)) for cells in zip(*found.values(), strict=True))
-    return [
-        Row(value, row.line, f"$.*[{index}]", json.dumps(value, ensure_ascii=False)[:HEAD])
-        for index, value in enumerate(values)
-    ]
+    values = (dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True))
+    return [_inner(value, row, f"$.*[{index}]") for index, value in enumerate(values)]
 
 
 def inner_rows(row: Row) -> list[Row] | None:
-    """The rows of an object that holds lists of rows among other things; None if it is not of that kind."""
+    """The rows of an object with lists of rows under `data`, `train`, ...; None for another object."""
     if row.fault or not isinstance(row.value, dict):
         return None
-    chats = row.value.get("chats")  # Telegram's export of all chats
-    if isinstance(chats, dict) and isinstance(chats.get("list"), list):
-        merged = [message for chat in chats["list"] if isinstance(chat, dict) for message in chat.get("messages") or []]
-        return [Row({"messages": merged}, row.line, "$", row.text)] if merged else None
-    lists = [key for key in WRAPPERS if isinstance(row.value.get(key), list) and key in row.value]
+    lists = [key for key in WRAPPERS if isinstance(row.value.get(key), list)]
     if not lists or not all(isinstance(value, dict) for key in lists for value in row.value[key]):
         return None
-    return [
-        Row(value, row.line, f"$.{key}[{index}]", json.dumps(value, ensure_ascii=False)[:HEAD], split=key)
-        for key in lists
-        for index, value in enumerate(row.value[key])
-    ]
+    return [_inner(value, row, f"$.{key}[{index}]", key) for key in lists for index, value in enumerate(row.value[key])]
+
+
+def _inner(value: JsonObject, row: Row, path: str, split: str | None = None) -> Row:
+    return Row(value, row.line, path, json.dumps(value, ensure_ascii=False)[:HEAD], split=split)

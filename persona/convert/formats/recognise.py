@@ -1,5 +1,7 @@
-"""The tables of formats: a new family is one module with pure functions and one line here."""
+"""The list of all formats, and which of them a file or a row is of. A new format is one line in `FORMATS`."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,121 +9,149 @@ from typing import Any
 
 from persona.console import excerpt
 from persona.convert.draft import Draft
-from persona.convert.formats import characters, chat_exports, chats, conversations, tables
-from persona.convert.formats.characters import card_prompt
-from persona.convert.formats.dialogue import Script
-from persona.convert.formats.json_rows import Row
+from persona.convert.formats.articles import ARTICLES
+from persona.convert.formats.characters import CARD, LINES
+from persona.convert.formats.chat_exports import DISCORD, TAVERN, TELEGRAM, UTTERANCES, WECHAT
+from persona.convert.formats.chats import QQ, WHATSAPP
+from persona.convert.formats.conversations import ALPACA, CHATGPT, MESSAGES, PAIRS, SHAREGPT
+from persona.convert.formats.dialogue import DIALOGUE
+from persona.convert.formats.format import FileFormat, Format, Intake, Row, RowFormat, Text, TextFormat
+from persona.convert.formats.tables import TABLE
+from persona.convert.inputs import Foreign
 from persona.convert.options import Options
+from persona.files import JsonObject, scan_json
 from persona.records import RecordFault
 
-
-@dataclass(frozen=True)
-class RowFormat:
-    """A format whose rows are objects, a conversation each (or several): `recognise` says why a row is one, or None."""
-
-    recognise: Callable[[dict[str, Any], Options], str | None]
-    convert: Callable[[dict[str, Any], Options], Draft | list[Draft]]
-
-
-@dataclass(frozen=True)
-class SpeechFormat:
-    """A format whose rows together are one chat or scene; `recognise` sees the first rows of a file."""
-
-    recognise: Callable[[list[dict[str, Any]]], str | None]
-    read: Callable[[list[Row], Options], Script]
-
-
-@dataclass(frozen=True)
-class TextFormat:
-    """A chat as plain text; `recognise` sees the beginning of the file."""
-
-    recognise: Callable[[str], str | None]
-    read: Callable[[str, Options], Script]
-
-
-# In the order in which they are tried: messages are a stricter kind of ShareGPT, pair rows of questions and answers.
-ROW_FORMATS = {
-    "messages": RowFormat(conversations.recognise_messages, conversations.convert_messages),
-    "sharegpt": RowFormat(conversations.recognise_sharegpt, conversations.convert_sharegpt),
-    "alpaca": RowFormat(conversations.recognise_alpaca, conversations.convert_alpaca),
-    "card": RowFormat(characters.recognise_card, characters.convert),
-    "chatgpt": RowFormat(conversations.recognise_chatgpt, conversations.convert_chatgpt),
-    "pairs": RowFormat(conversations.recognise_pairs, conversations.convert_pairs),
-    "table": RowFormat(tables.recognise, tables.convert),
-}
-SPEECH_FORMATS = {
-    "discord": SpeechFormat(chat_exports.recognise_discord, chat_exports.read_discord),
-    "telegram": SpeechFormat(chat_exports.recognise_telegram, chat_exports.read_telegram),
-    "sillytavern": SpeechFormat(chat_exports.recognise_tavern, chat_exports.read_tavern),
-    "wechat": SpeechFormat(chat_exports.recognise_wechat, chat_exports.read_wechat),
-    "utterances": SpeechFormat(chat_exports.recognise, chat_exports.read),
-}
-TEXT_FORMATS = {
-    "qq": TextFormat(chats.recognise_qq, chats.read_qq),
-    "whatsapp": TextFormat(chats.recognise_whatsapp, chats.read_whatsapp),
-}
-LINES, DIALOGUE, ARTICLES = "lines", "dialogue", "articles"
-NAMES = (*ROW_FORMATS, LINES, *SPEECH_FORMATS, *TEXT_FORMATS, DIALOGUE, ARTICLES)
+# In the order in which they are tried: messages are a stricter kind of ShareGPT, pairs of questions and answers.
+FORMATS: tuple[Format, ...] = (
+    *(MESSAGES, SHAREGPT, ALPACA, CARD, CHATGPT, PAIRS, TABLE),
+    *(DISCORD, TELEGRAM, TAVERN, WECHAT, LINES, UTTERANCES),
+    *(QQ, WHATSAPP, DIALOGUE, ARTICLES),
+)
+BY_NAME = {one.name: one for one in FORMATS}
+NAMES = tuple(BY_NAME)
+ROW_FORMATS = tuple(one for one in FORMATS if isinstance(one, RowFormat))
+FILE_FORMATS = tuple(one for one in FORMATS if isinstance(one, FileFormat))
+TEXT_FORMATS = tuple(one for one in FORMATS if isinstance(one, TextFormat))
 EXPECTED = (
     "conversations (ShareGPT, messages), instruction/output (Alpaca), questions and answers, a chat export, "
     'a character card, articles, or text with lines "NAME: words"'
 )
+# Texts that look like prose or dialogue and cannot be read: a pattern, what it is, what to do.
+_FOREIGN = (
+    (
+        re.compile(r"\d\d:\d\d[,.]\d{3} --> (?:\d\d:)?\d\d:\d\d[,.]\d{3}|\A\[Script Info\]"),
+        "subtitles, which rarely say who speaks",
+        "write the lines as NAME: words",
+    ),
+    (
+        re.compile(r"^label \w+(?:\(.*\))?:\s*$", re.MULTILINE),
+        "a Ren'Py script",
+        "Extract Dialogue in the Ren'Py launcher writes dialogue.tab, which can be read here",
+    ),
+    (re.compile(r"\A\s*<(?:!doctype html|html|\?xml)", re.IGNORECASE), "a web page", "save it as plain text"),
+)
 
 
-# --- row drafts -------------------------------------------------------------------------------------------------------
-# Rows made into drafts one by one, each by the format that recognises it; what none recognises is refused by name.
+def text_format(text: Text, options: Options) -> tuple[TextFormat, str] | None:
+    """The format of a plain text, and why; Foreign for texts of a known kind that cannot be read."""
+    for one in TEXT_FORMATS:
+        if one.prose:
+            for pattern, kind, fix in _FOREIGN:
+                if pattern.search(text.head):
+                    raise Foreign(f"{text.name}: it looks like {kind}: {fix}. --format NAME reads it all the same.")
+        if why := one.recognise(text, options):
+            return one, why
+    return None
+
+
+def file_format(first: list[Any], options: Options) -> tuple[FileFormat | None, str]:
+    """The format of rows that belong together, by the first of them, and why; None for rows by themselves."""
+    if options.format:
+        one = BY_NAME[options.format]
+        return (one if isinstance(one, FileFormat) else None), f"--format {one.name}"
+    rows = [row for value in first if (row := _as_row(value))]
+    for one in FILE_FORMATS if rows else ():
+        if why := one.recognise(rows):
+            return one, why
+    return None, ""
+
+
+def _as_row(value: object) -> JsonObject:
+    """The value as an object; a list of objects is a dialogue."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {"dialogue": value}
+    return value if isinstance(value, dict) else {}
+
+
+def has_known_columns(header: list[str], options: Options) -> bool:
+    """Whether a table with these columns is of a known format."""
+    row = dict.fromkeys(header, "")
+    return any(one.header and one.header(row, options) for one in (*ROW_FORMATS, *FILE_FORMATS))
+
+
+def is_list_a_line(head: str) -> bool:
+    """Whether the first line is a list of objects by itself, and so a row of a format with such rows."""
+    line = head.removeprefix("\ufeff").lstrip().partition("\n")[0].rstrip()
+    if not line.startswith("[{") or not line.endswith("]") or len(head.strip()) == len(line):
+        return False
+    try:
+        value, end, _ = scan_json(line)
+    except json.JSONDecodeError:
+        return False
+    if end < len(line) or not all(isinstance(turn, dict) for turn in value):
+        return False
+    return any(one.of_lists and one.recognise([_as_row(value)]) for one in FILE_FORMATS)
 
 
 @dataclass
-class Intake:
-    """What was found in a file while it was read."""
+class Rows:
+    """A file whose rows are conversations by themselves, each read by the format that recognises it."""
 
-    formats: Counter[str] = field(default_factory=Counter)
-    reasons: dict[str, None] = field(default_factory=dict)
-    repairs: Counter[str] = field(default_factory=Counter)
-    not_used: Counter[str] = field(default_factory=Counter)
-    speeches: int = 0
-    other_splits: Counter[str] = field(default_factory=Counter)
-    system_prompt: str | None = None
+    rows: Callable[[Counter[str]], Iterator[Row]]  # counts repairs of the file in its argument
+    forced: RowFormat | None
+    layout: str = ""
+    notes: list[str] = field(default_factory=list)
+    speakers: Counter[str] = field(default_factory=Counter)
+    character: str | None = None
 
-
-def drafts_of_rows(rows: Iterator[Row], forced: str | None, intake: Intake, options: Options) -> Iterator[Draft]:
-    """A draft for each row, or several."""
-    for row in rows:
-        if options.split and (split := _split_of(row)) is not None and split != options.split:
-            intake.other_splits[split] += 1
-            continue
-        try:
-            if row.fault:
-                raise row.fault
-            value = _object(row)
-            name, why = (forced, f"--format {forced}") if forced else _recognise(value, options)
-            if name is None:
-                raise _unknown(value)
-            made = ROW_FORMATS[name].convert(value, options)
-        except RecordFault as fault:
-            name, why = ("unreadable", "some rows cannot be read") if row.fault else _blame(row, forced, options)
-            made = Draft([], fault=fault)
-        intake.formats[name] += 1
-        intake.reasons[why] = None
-        if name == "card" and isinstance(row.value, dict):
-            intake.system_prompt = intake.system_prompt or card_prompt(row.value, options)
-        for draft in made if isinstance(made, list) else [made]:
-            yield _placed(draft, row)
-
-
-def _placed(draft: Draft, row: Row) -> Draft:
-    draft.line, draft.path, draft.source_text = row.line, row.path, draft.source_text or row.text
-    if row.repairs:
-        draft.repairs += row.repairs
-    return draft
+    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
+        """A draft for each row, or several; a row that no format recognises has a fault."""
+        for row in self.rows(intake.repairs):
+            if options.split and (split := _split_of(row)) is not None and split != options.split:
+                intake.other_splits[split] += 1
+                continue
+            one = self.forced
+            try:
+                if row.fault:
+                    raise row.fault
+                value = _object(row)
+                one, why = (one, f"--format {one.name}") if one else _row_format(value, options)
+                if one is None:
+                    raise _unknown(value)
+                drafts = one.read(value, options)
+                name = one.name
+            except RecordFault as fault:
+                name, why = _blame(row, self.forced, options)
+                drafts = Draft([], fault=fault)
+            intake.formats[name] += 1
+            intake.reasons[why] = None
+            if one and one.system_prompt and isinstance(row.value, dict):
+                intake.system_prompt = intake.system_prompt or one.system_prompt(row.value, options)
+            for draft in drafts if isinstance(drafts, list) else [drafts]:
+                draft.line, draft.path, draft.source_text = row.line, row.path, draft.source_text or row.text
+                if row.repairs:
+                    draft.repairs += row.repairs
+                yield draft
 
 
 def unusable(row: Row) -> Draft:
     """The draft of a row that holds nothing to read."""
-    shown = excerpt(repr(row.value), 40)
-    fault = row.fault or RecordFault("NOT_AN_OBJECT", "$", f"found {shown}", f"write {EXPECTED}")
-    return Draft([], line=row.line, path=row.path, fault=fault, source_text=row.text)
+    return Draft([], line=row.line, path=row.path, fault=row.fault or _no_object(row), source_text=row.text)
+
+
+def _no_object(row: Row) -> RecordFault:
+    return RecordFault("NOT_AN_OBJECT", "$", f"found {excerpt(repr(row.value), 40)}", f"write {EXPECTED}")
 
 
 def _split_of(row: Row) -> str | None:
@@ -131,35 +161,39 @@ def _split_of(row: Row) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _object(row: Row) -> dict[str, Any]:
+def _object(row: Row) -> JsonObject:
     value = row.value
+    if isinstance(value, dict):
+        return value
     turns = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
     if turns and ("from" in value[0] or "role" in value[0]):
         return {"conversations": value}
-    if not isinstance(value, dict):
-        raise RecordFault("NOT_AN_OBJECT", "$", f"found {excerpt(repr(value), 40)}", f"write {EXPECTED}")
-    return value
+    raise _no_object(row)
 
 
-def _recognise(value: dict[str, Any], options: Options) -> tuple[str | None, str]:
-    for name, row_format in ROW_FORMATS.items():
-        if why := row_format.recognise(value, options):
-            return name, why
+def _row_format(value: JsonObject, options: Options) -> tuple[RowFormat | None, str]:
+    for one in ROW_FORMATS:
+        if why := one.recognise(value, options):
+            return one, why
     return None, "some rows are of no known format"
 
 
-def _blame(row: Row, forced: str | None, options: Options) -> tuple[str, str]:
-    """The format of a row that was refused, for the account."""
+def _blame(row: Row, forced: RowFormat | None, options: Options) -> tuple[str, str]:
+    """The format under which a refused row is counted, and why."""
+    if row.fault:
+        return "unreadable", "some rows cannot be read"
     if forced:
-        return forced, f"--format {forced}"
-    name, why = _recognise(row.value, options) if isinstance(row.value, dict) else (None, "some rows are no objects")
-    return name or "unknown", why
+        return forced.name, f"--format {forced.name}"
+    if not isinstance(row.value, dict):
+        return "unknown", "some rows are not objects"
+    one, why = _row_format(row.value, options)
+    return one.name if one else "unknown", why
 
 
-def _unknown(value: dict[str, Any]) -> RecordFault:
+def _unknown(value: JsonObject) -> RecordFault:
     keys = excerpt(", ".join(map(str, value)), 60) or "(none)"
     if {"chosen", "rejected"} <= value.keys():
-        fix = "preference data compares two answers; for this tool give the better one as a conversation"
+        fix = "preference data compares two answers: write the better one as a conversation"
         return RecordFault("PREFERENCE", "$", f"found the keys {keys}", fix)
     lists = [key for key, inner in value.items() if isinstance(inner, list)]
     fix = f'save the list under "{excerpt(lists[0], 40)}" as a file of its own' if lists else f"write {EXPECTED}"

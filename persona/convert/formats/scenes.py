@@ -1,21 +1,22 @@
-"""Speeches made into conversations: the character's lines are the replies, what others said before them the questions.
+"""Speeches made into conversations: the character's lines are the replies, the lines of others before them the prompts.
 
-Shared by every format with named speakers; nothing crosses a scene, and every speech is accounted for.
+Every format with named speakers ends here. No conversation goes beyond its scene, and every speech is counted as
+learned, as context, or as not used with the reason.
 """
 
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from persona.convert.cleaning import clean_text
-from persona.convert.draft import Draft, Message
-from persona.convert.formats.dialogue import Script, Speech, fold_name
+from persona.convert.cleaning import fill
+from persona.convert.draft import Draft
+from persona.convert.formats.format import Intake
 from persona.convert.formats.turns import opening
 from persona.convert.options import Options
-from persona.records import RecordFault
 
-# Without scene heads a long silence of the character stands for one. Of 3,309 silences of the 30 leading characters in
+# Without scene heads a long silence of the character ends a scene. Of 3,309 silences of the 30 leading characters in
 # tinyshakespeare 94 % are at most 20 speeches long; most of the others run over the end of a scene or a play.
 MAX_SILENCE = 20
 
@@ -26,16 +27,59 @@ AFTER_LAST = "after the last reply"
 NO_CONTEXT = "no line before it"
 NARRATION = "narration"
 TOO_SHORT = "reply shorter than --min-chars"
-_NARRATORS = {"旁白", "叙述", "解说", "narrator", "narration", "画外音"}
+NARRATOR = "旁白"  # the speaker of lines without a speaker
+_NARRATORS = {NARRATOR, "叙述", "解说", "narrator", "narration", "画外音"}
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """The words of one speaker at one place."""
+
+    speaker: str
+    text: str
+    line: int
+    scene: int
+
+
+@dataclass(frozen=True)
+class Script:
+    """The speeches of a file in order, and what was done to get them."""
+
+    speeches: list[Speech]
+    has_borders: bool
+    layout: str
+    repairs: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    narration: int = 0  # lines that belong to no speech
+    left_out: Counter[str] = field(default_factory=Counter)  # messages that are not speech, by reason
+    character: str | None = None
+
+    @property
+    def speakers(self) -> Counter[str]:
+        """How many speeches each speaker has."""
+        return Counter(speech.speaker for speech in self.speeches)
+
+    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
+        """The conversations of the character."""
+        drafts, not_used = conversations(self, options)
+        intake.speeches += len(self.speeches) + self.left_out.total()
+        intake.not_used += not_used
+        intake.repairs += self.repairs
+        return iter(drafts)
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What others say, and the character's answer; with --narration system also what was told between them."""
+    """Lines of others and the character's answer; with --narration system also the narration between them."""
 
     prompt: list[Speech]
     reply: list[Speech]
     narration: list[Speech] = field(default_factory=list)
+
+
+def fold_name(name: str) -> str:
+    """The same for spellings of a name that differ in case, spaces or Unicode form."""
+    return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
 
 
 def is_narrator(name: str) -> bool:
@@ -44,14 +88,14 @@ def is_narrator(name: str) -> bool:
 
 
 def conversations(script: Script, options: Options) -> tuple[list[Draft], Counter[str]]:
-    """One draft for each stretch of at most `max_exchanges` exchanges, and the speeches not used, by reason."""
+    """A draft for each run of at most `max_exchanges` exchanges, and the number of speeches not used, by reason."""
     names = {fold_name(name) for name in options.characters}
     spoken = [speech for speech in script.speeches if speech.text]
     not_used = Counter({NO_WORDS: len(script.speeches) - len(spoken)}) + script.left_out
     if options.narration == "drop":
-        told = [speech for speech in spoken if not _is_told(speech, names)]
-        not_used[NARRATION] += len(spoken) - len(told)
-        spoken = told
+        without = [speech for speech in spoken if not _is_narration(speech, names)]
+        not_used[NARRATION] += len(spoken) - len(without)
+        spoken = without
     drafts: list[Draft] = []
     for number, scene in enumerate(_scenes(script, spoken, names, options), 1):
         exchanges, unused = _exchanges(scene, names, options)
@@ -70,7 +114,7 @@ def _scenes(script: Script, spoken: list[Speech], names: set[str], options: Opti
 
 
 def _pairs(spoken: list[Speech], names: set[str]) -> Iterator[list[Speech]]:
-    """Each line of the character with the line of another before it; every other line is a scene by itself."""
+    """Each line of the character with the line before it, if another speaks it; every other line by itself."""
     before: Speech | None = None
     for speech in spoken:
         mine = _is_mine(speech, names)
@@ -87,12 +131,12 @@ def _is_mine(speech: Speech, names: set[str]) -> bool:
     return fold_name(speech.speaker) in names
 
 
-def _is_told(speech: Speech, names: set[str]) -> bool:
+def _is_narration(speech: Speech, names: set[str]) -> bool:
     return is_narrator(speech.speaker) and not _is_mine(speech, names)
 
 
 def _cut_at_silence(speeches: list[Speech], names: set[str], context_turns: int) -> Iterator[list[Speech]]:
-    """Scenes by MAX_SILENCE; a long silence is a scene of its own, save the lines that lead to the reply."""
+    """Scenes cut at MAX_SILENCE. A long silence is its own scene, except the last lines, which lead to the reply."""
     scene: list[Speech] = []
     for mine, group in groupby(speeches, key=lambda speech: _is_mine(speech, names)):
         stretch = list(group)
@@ -111,61 +155,55 @@ def _exchanges(scene: list[Speech], names: set[str], options: Options) -> tuple[
     unused: Counter[str] = Counter()
     exchanges: list[Exchange] = []
     waiting: list[Speech] = []
-    told: list[Speech] = []
+    narration: list[Speech] = []
     for mine, group in groupby(scene, key=lambda speech: _is_mine(speech, names)):
         stretch = list(group)
         if not mine:
             apart = options.narration == "system"
-            told += [speech for speech in stretch if apart and _is_told(speech, names)]
-            waiting += [speech for speech in stretch if not (apart and _is_told(speech, names))]
+            narration += [speech for speech in stretch if apart and _is_narration(speech, names)]
+            waiting += [speech for speech in stretch if not (apart and _is_narration(speech, names))]
         elif sum(len(speech.text) for speech in stretch) < options.min_chars:
             unused[TOO_SHORT] += len(stretch)
         elif waiting:
             unused[TOO_EARLY.format(turns=turns)] += max(0, len(waiting) - turns)
-            exchanges.append(Exchange(waiting[-turns:], stretch, told))
-            waiting, told = [], []
+            exchanges.append(Exchange(waiting[-turns:], stretch, narration))
+            waiting, narration = [], []
         elif exchanges:
             exchanges[-1].reply.extend(stretch)
         elif options.leading_assistant == "keep":
-            exchanges.append(Exchange([], stretch, told))
-            told = []
+            exchanges.append(Exchange([], stretch, narration))
+            narration = []
         else:
             unused[NO_CONTEXT] += len(stretch)
     absent = not any(_is_mine(speech, names) for speech in scene)
-    unused[NO_CHARACTER if absent else AFTER_LAST] += len(waiting) + len(told)
+    unused[NO_CHARACTER if absent else AFTER_LAST] += len(waiting) + len(narration)
     return exchanges, unused
 
 
 def _draft(exchanges: list[Exchange], scene: str, options: Options) -> Draft:
-    messages: list[Message] = []
-    repairs: Counter[str] = Counter()
-    fault = None
-    try:
-        if told := "\n".join(speech.text for exchange in exchanges for speech in exchange.narration):
-            system = f"{options.system}\n{told}" if options.system else told
-            messages.append({"role": "system", "content": clean_text(system, "$", repairs)})
-        for exchange in exchanges:
-            reply = "\n".join(speech.text for speech in exchange.reply)
-            prompt = prompt_of(exchange.prompt) if exchange.prompt else opening(reply)
-            messages.append({"role": "user", "content": clean_text(prompt, "$", repairs)})
-            messages.append({"role": "assistant", "content": clean_text(reply, "$", repairs)})
-    except RecordFault as found:
-        fault = found
-    return Draft(
-        messages,
-        repairs,
+    draft = Draft(
+        [],
         group=scene,
         line=(exchanges[0].prompt or exchanges[0].reply)[0].line,
         path=scene,
-        fault=fault,
         source_text=exchanges[0].reply[0].text,
         learned=sum(len(exchange.reply) for exchange in exchanges),
         context=sum(len(exchange.prompt) + len(exchange.narration) for exchange in exchanges),
     )
+    return fill(draft, list(_texts(exchanges, options)))
+
+
+def _texts(exchanges: list[Exchange], options: Options) -> Iterator[tuple[str, str]]:
+    if narration := "\n".join(speech.text for exchange in exchanges for speech in exchange.narration):
+        yield "system", f"{options.system}\n{narration}" if options.system else narration
+    for exchange in exchanges:
+        reply = "\n".join(speech.text for speech in exchange.reply)
+        yield "user", prompt_of(exchange.prompt) if exchange.prompt else opening(reply)
+        yield "assistant", reply
 
 
 def prompt_of(speeches: Collection[Speech]) -> str:
-    """Bare words of one speaker; where several speak, each line says who; narration stands in brackets."""
+    """The words alone if one person speaks, else each line with its name; narration in brackets."""
     speakers = {fold_name(speech.speaker) for speech in speeches if not is_narrator(speech.speaker)}
     return "\n".join(
         f"（{speech.text}）"

@@ -1,4 +1,4 @@
-"""The turns of one conversation, as files bring them, made into messages in the order that can be learned."""
+"""The turns of one conversation, in the spellings that files have, made into messages that can be learned."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from persona.console import excerpt
 from persona.convert.cleaning import clean_text, is_clean
 from persona.convert.draft import Message
 from persona.convert.options import Options
+from persona.files import JsonObject
 from persona.records import RecordFault, is_chinese
 
 _ROLES = {
@@ -22,11 +23,11 @@ _ROLES = {
     ),
 }
 _SPOKEN = {name: role for name, role in _ROLES.items() if role != "tool"}
-_SWITCHES = ("weight", "train", "loss", "masked")  # flags with which other tools leave a turn out of the loss
-_TOOL_FIX = "this toolkit learns plain speech: --tools drop leaves out the exchanges with tools"
+_SWITCHES = ("weight", "train", "loss", "masked")  # flags by which other tools leave a turn out of the loss
+_TOOL_FIX = "only plain speech is learned: --tools drop leaves out the exchanges with tools"
 _SPEAKER = re.compile(r"(?P<name>[^\s:：,，。.!?！？“”\"「」]{1,15})[:：]\s*")
 _IN_TURN = ["user", "assistant"] * 500
-_MERGE = "joined turns of one role are learned as one: --merge-consecutive does that"
+_MERGE = "--merge-consecutive joins turns of one role into one"
 
 
 @dataclass(slots=True)
@@ -39,12 +40,12 @@ class Turn:
 
 
 def plain_messages(turns: Sequence[Any], role_key: str, text_key: str, options: Options) -> list[Message] | None:
-    """The messages of turns that need no second look, as most do: known roles in turn, clean texts, nothing else."""
+    """The messages of turns that need no repair, as most do not; None for all others, which `to_messages` reads."""
     try:
         roles = [_SPOKEN[turn[role_key]] for turn in turns if len(turn) == 2]
         texts = [turn[text_key] for turn in turns]
         joined = "\n".join(texts)
-    except (TypeError, KeyError):  # no object, a key that is missing, a role that is not known, a text that is none
+    except (TypeError, KeyError):  # not an object, a missing key, an unknown role, not a text
         return None
     first = roles[:1] == ["system"]
     in_turn = len(roles) == len(turns) and len(roles) % 2 == first and roles[first:] == _IN_TURN[: len(roles) - first]
@@ -56,12 +57,12 @@ def plain_messages(turns: Sequence[Any], role_key: str, text_key: str, options: 
 
 
 def opening(text: str) -> str:
-    """The user's turn that stands for nothing said, in the language of what follows."""
+    """Placeholder user turn before an opening line, in that line's language."""
     return "（对话开始）" if is_chinese(text) else "(The conversation begins.)"
 
 
 def role_of(value: object, path: str, options: Options) -> str:
-    """The role that a name stands for, case and outer spaces aside; `tool` only where such turns are dropped."""
+    """The role for a name, whatever its case and outer spaces; `tool` only with --tools drop."""
     role = _ROLES.get(value) if isinstance(value, str) else None
     if role is None or options.role_map:
         folded = value.strip().casefold() if isinstance(value, str) else ""
@@ -71,29 +72,29 @@ def role_of(value: object, path: str, options: Options) -> str:
         fix = (
             f"""say who that is with --role-map '{{{json.dumps(value, ensure_ascii=False)}: "assistant"}}'"""
             if isinstance(value, str) and len(value) <= 30
-            else "write human, gpt or system; if texts stand where roles belong, the two columns are swapped"
+            else "write human, gpt or system; if this is a text, the columns of roles and texts are swapped"
         )
         raise RecordFault("UNKNOWN_ROLE", path, f"found the role {shown}", fix)
     if role == "tool" and options.tools != "drop":
-        raise RecordFault("TOOLS", path, f"found a turn of {excerpt(repr(value), 40)}", _TOOL_FIX)
+        raise RecordFault("TOOLS", path, f"found a turn by {excerpt(repr(value), 40)}", _TOOL_FIX)
     return role
 
 
-def calls_tool(turn: dict[str, Any], path: str, options: Options) -> bool:
-    """Whether a turn calls a tool; a RecordFault where that is not allowed."""
+def calls_tool(turn: JsonObject, path: str, options: Options) -> bool:
+    """Whether a turn calls a tool; a RecordFault without --tools drop."""
     for key in ("tool_calls", "function_call"):
         if turn.get(key):
             if options.tools != "drop":
-                raise RecordFault("TOOLS", f"{path}.{key}", "found a call of a tool", _TOOL_FIX)
+                raise RecordFault("TOOLS", f"{path}.{key}", "found a tool call", _TOOL_FIX)
             return True
     return False
 
 
-def check_switches(turn: dict[str, Any], role: str, path: str) -> None:
-    """Refuse a reply that must not be learned; every reply is learned here."""
+def check_switches(turn: JsonObject, role: str, path: str) -> None:
+    """Raise a RecordFault for a reply that is marked as not to be learned: here every reply is learned."""
     for key in _SWITCHES:
         if key in turn and role == "assistant" and bool(turn[key]) == (key == "masked") and turn[key] is not None:
-            fix = "every reply is learned: delete the turns that must not be, or end the conversation before them"
+            fix = "every reply is learned here: delete this turn, or end the conversation before it"
             raise RecordFault("NOT_LEARNED", f"{path}.{key}", f'found a reply with "{key}": {turn[key]!r:.20}', fix)
 
 
@@ -108,9 +109,30 @@ def content_of(value: object, path: str, repairs: Counter[str]) -> str:
         text = str(value)
         repairs["number written as text"] += 1
     else:
-        found = "nothing (null)" if value is None else excerpt(repr(value), 40)
-        raise RecordFault("CONTENT", path, f"found {found}", "write text in quotes, or delete the turn")
+        shown = "nothing (null)" if value is None else excerpt(repr(value), 40)
+        raise RecordFault("CONTENT", path, f"found {shown}", "write text in quotes, or delete the turn")
     return clean_text(text, path, repairs)
+
+
+def optional_text(row: JsonObject, key: str, repairs: Counter[str]) -> str:
+    """The cleaned text under `key`, or "" if the row has none."""
+    return "" if row.get(key) is None else content_of(row[key], f"$.{key}", repairs)
+
+
+def history_turns(history: object, repairs: Counter[str]) -> list[Turn]:
+    """The turns of [["question", "answer"], ...]."""
+    if history in (None, "", "[]"):
+        return []
+    if not isinstance(history, list):
+        raise RecordFault("HISTORY", "$.history", f"found {str(history)[:40]!r}", 'write [["q", "a"], ...]')
+    turns = []
+    for index, pair in enumerate(history):
+        path = f"$.history[{index}]"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RecordFault("HISTORY", path, f"found {str(pair)[:40]!r}", "write a question and its answer")
+        for side, role in enumerate(("user", "assistant")):
+            turns.append(Turn(role, content_of(pair[side], f"{path}[{side}]", repairs), f"{path}[{side}]"))
+    return turns
 
 
 def _part_text(part: object, path: str) -> str:
@@ -119,12 +141,12 @@ def _part_text(part: object, path: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else part
-    fix = "this is a text tool: keep text parts only"
-    raise RecordFault("NOT_TEXT", path, f"found a part of the kind {excerpt(repr(kind), 40)}", fix)
+    fix = "only text can be learned: keep the text parts"
+    raise RecordFault("NOT_TEXT", path, f"found a part of type {excerpt(repr(kind), 40)}", fix)
 
 
 def to_messages(turns: list[Turn], system: str, path: str, repairs: Counter[str], options: Options) -> list[Message]:
-    """Messages in turn: what can only be dropped is dropped and counted, what could mean two things is refused."""
+    """Messages with alternating roles. What can only be dropped is dropped and counted; ambiguous turns are refused."""
     roles = [turn.role for turn in turns]
     if "system" in roles:
         system, turns = _system_of(turns, system, repairs, options)
@@ -132,7 +154,8 @@ def to_messages(turns: list[Turn], system: str, path: str, repairs: Counter[str]
         turns = _without_tools(turns, repairs)
     spoken = _edges(turns, repairs, options)
     if not spoken:
-        raise RecordFault("NO_REPLY", path, "no reply to a question", "a conversation needs a user turn and its reply")
+        fix = "write a user turn and the assistant's reply to it"
+        raise RecordFault("NO_REPLY", path, "found no reply to a user turn", fix)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     before = ""
     for turn in spoken:
@@ -146,7 +169,7 @@ def to_messages(turns: list[Turn], system: str, path: str, repairs: Counter[str]
             messages[-1]["content"] += f"\n{content}"
             repairs["turns of one role joined"] += 1
         else:
-            raise RecordFault("CONSECUTIVE", turn.path, f"two turns of the {turn.role} running", _MERGE)
+            raise RecordFault("CONSECUTIVE", turn.path, f"found two {turn.role} turns in a row", _MERGE)
     return messages
 
 
@@ -157,17 +180,16 @@ def _system_of(turns: list[Turn], system: str, repairs: Counter[str], options: O
     if len(systems) > 1 or turns[0].role != "system" or len(texts) > 1:
         if not options.lenient:
             odd = systems[-1] if len(systems) > 1 or turns[0].role != "system" else systems[0]
-            reason = (
-                "a system turn that is not the first turn" if odd is not turns[0] else "two different system prompts"
-            )
-            fix = "put one system turn at the beginning; --lenient joins them there"
+            late = odd is not turns[0]
+            reason = "found a system turn after the first turn" if late else "found two different system prompts"
+            fix = "write one system turn at the beginning; --lenient joins them there"
             raise RecordFault("SYSTEM", odd.path, reason, fix)
         repairs["system turns joined at the beginning"] += 1
     return "\n".join(texts), spoken
 
 
 def _without_tools(turns: list[Turn], repairs: Counter[str]) -> list[Turn]:
-    """The turns without the exchanges, from a question to the next, in which a tool takes part."""
+    """The turns without exchanges that use a tool; an exchange goes from a user turn to the next."""
     kept: list[Turn] = []
     exchange: list[Turn] = []
     for turn in [*turns, None]:
@@ -183,7 +205,7 @@ def _without_tools(turns: list[Turn], repairs: Counter[str]) -> list[Turn]:
 
 
 def _edges(turns: list[Turn], repairs: Counter[str], options: Options) -> list[Turn]:
-    """The turns from the first question to the last reply."""
+    """The turns from the first user turn to the last reply."""
     first, last = 0, len(turns)
     while first < last and turns[first].role == "assistant":
         first += 1
@@ -204,15 +226,16 @@ def _empty(turn: Turn, repairs: Counter[str], options: Options) -> str:
     if turn.role == "user" and options.allow_empty_user:
         repairs["empty user turn filled in"] += 1
         return opening("")
-    fix = "write the words, or delete the row" + ("; --allow-empty-user fills in" if turn.role == "user" else "")
-    raise RecordFault("EMPTY", turn.path, f"the {turn.role} says nothing", fix)
+    fix = "write the text, or delete the row"
+    fix += "; --allow-empty-user writes a placeholder" if turn.role == "user" else ""
+    raise RecordFault("EMPTY", turn.path, f"found an empty {turn.role} turn", fix)
 
 
 def _without_speaker(turn: Turn, content: str, repairs: Counter[str], options: Options) -> str:
-    found = _SPEAKER.match(content)
-    if found is None or found.end() == len(content):
+    speaker = _SPEAKER.match(content)
+    if speaker is None or speaker.end() == len(content):
         return content
-    if turn.role == "assistant" and options.characters and found["name"] not in options.characters:
+    if turn.role == "assistant" and options.characters and speaker["name"] not in options.characters:
         return content
     repairs["name before the words removed"] += 1
-    return content[found.end() :]
+    return content[speaker.end() :]
