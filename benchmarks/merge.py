@@ -47,7 +47,8 @@ def make(shape: str, base: Path, adapter: Path, tokenizer: Path) -> None:
     from safetensors.torch import save_file
 
     from persona.files import write_json
-    from persona.merge.weights import BLOCK, Output, Stored, header, shards, skeleton, write
+    from persona.merge.adapter import skeleton
+    from persona.merge.weights import BLOCK, Output, Stored, header, shards, write
     from persona.model.adapters import TOKENIZER_FILES
 
     base.mkdir(parents=True)
@@ -68,7 +69,7 @@ def make(shape: str, base: Path, adapter: Path, tokenizer: Path) -> None:
     places = {}
     for file_name, group in shards(tensors, SHARD_BYTES).items():
         with (base / file_name).open("wb", buffering=0) as file:
-            file.write(header([(tensor.name, tensor.dtype, tensor.source.shape) for tensor in group]))
+            file.write(header(group))
             for tensor in group:
                 for start in range(0, tensor.source.numbers, BLOCK):
                     write(file, noise[: tensor.source.numbers - start])
@@ -89,9 +90,10 @@ def measure(way: str, base: Path, adapter: Path, output: Path) -> dict[str, floa
     if way == "ours":
         import torch
 
+        from persona.config import Generation
         from persona.merge.merge import merge
 
-        merge(base, adapter, output, torch.float16, SHARD_BYTES)
+        merge(base, adapter, output, torch.float16, SHARD_BYTES, Generation(), proof=None)
     elif way == "peft":
         import torch
         from peft import PeftModel

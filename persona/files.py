@@ -17,6 +17,7 @@ from persona.errors import UsageError
 
 MARKER = "COMPLETE.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+JsonObject = dict[str, Any]
 AGAIN = "Copy or download it again completely."
 JsonObject = dict[str, Any]  # an object of JSON that others write, so any key may hold anything
 
@@ -50,16 +51,36 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """The empty `folder`, removed when the block ends; what a killed process left in it is removed first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def appearing(folder: Path, marked: bool = False) -> Iterator[Path]:
     """An empty folder to write to; when the block ends well it becomes `folder`, complete or not at all (`publish`)."""
-    staging = folder.with_name(f".staging-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with scratch(folder.with_name(f".staging-{folder.name}")) as staging:
         yield staging
         publish(staging, folder, marked)
+
+
+@contextmanager
+def appearing_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; when the block ends well that file becomes `path`, flushed to the disk."""
+    staging = path.with_name(f".staging-{path.name}")
+    staging.unlink(missing_ok=True)
+    try:
+        yield staging
+        _flush(staging)
+        staging.replace(path)
+        _flush(path.parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        staging.unlink(missing_ok=True)
 
 
 def publish(staging: Path, folder: Path, marked: bool = False) -> None:
@@ -109,13 +130,6 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".old-{folder.name}")
 
 
-def publish_file(staging: Path, path: Path) -> None:
-    """Flush the file `staging` to the disk and give it its final name, replacing an earlier file of that name."""
-    _flush(staging)
-    staging.replace(path)
-    _flush(path.parent)
-
-
 def _flush(path: Path) -> None:
     if path.is_dir() and sys.platform == "win32":
         return  # Windows has no handle on a folder that could be flushed
@@ -133,9 +147,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 with Unix line ends, whole or not at all."""
-    staging = path.with_name(f".{path.name}.staging")
-    staging.write_text(text, encoding="utf-8", newline="\n")
-    publish_file(staging, path)
+    with appearing_file(path) as staging:
+        staging.write_text(text, encoding="utf-8", newline="\n")
 
 
 def fault_in(folder: Path) -> str | None:

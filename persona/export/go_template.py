@@ -1,21 +1,22 @@
 """The part of Go's template language that our Modelfiles use, rendered as Ollama would render it.
 
-Ollama's TEMPLATE is a text/template of Go's standard library. What is written for it is tried here before anyone else
-has to: text, comments, `if`, `else if`, `else`, `range $i, $m := LIST`, variables, fields, string literals, and the
-functions `eq`, `len` and `slice` (https://pkg.go.dev/text/template).
+Ollama's TEMPLATE is a text/template of Go's standard library. A template written for it is tried here before anyone
+else has to: text, comments, `if`, `else if`, `else`, `range $i, $m := LIST`, variables, fields, string literals, and
+the functions `eq`, `len`, `not` and `slice` (https://pkg.go.dev/text/template).
 """
 
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Node = Any  # str (text), _Action, _If or _Range
 _ACTION = re.compile(r'\{\{(- )?\s*((?:"(?:\\.|[^"\\])*"|/\*.*?\*/|[^"}]|\}(?!\}))*?)\s*( -)?\}\}', re.DOTALL)
 _WORD = re.compile(r'\s*("(?:\\.|[^"\\])*"|\d+|\(|\)|:=|=|,|\$?[\w.]+|\$)')
 _DECLARED = re.compile(r"(\$\w+)\s*(:?=)\s*(.*)", re.DOTALL)
 _RANGE = re.compile(r"range\s+(\$\w+)\s*,\s*(\$\w+)\s*:=\s*(.*)", re.DOTALL)
+_SPACE = " \t\r\n"
+Scope = dict[str, Any]  # variables by name; `$` is the whole of what the template is given
 
 
 @dataclass(frozen=True)
@@ -25,129 +26,120 @@ class _Action:
 
 @dataclass(frozen=True)
 class _If:
-    branches: list[tuple[str | None, list[Node]]]  # the condition, None for else
+    branches: list[tuple[str, "Block"]]  # condition (empty for else) and body
 
 
 @dataclass(frozen=True)
 class _Range:
     index: str
     code: str
-    body: list[Node]
+    body: "Block"
 
 
-def render(template: str, system: str, messages: Sequence[dict[str, str]]) -> str:
+Block = list[str | _Action | _If | _Range]  # str is text
+
+
+def render(template: str, system: str, messages: Sequence[Mapping[str, str]]) -> str:
     """The text that Ollama makes of `messages` (with `role` and `content`) and the system prompt.
 
-    As in Ollama a system prompt is both .System and the first message. Raises `ValueError` for what is not understood.
+    As in Ollama a system prompt is both .System and the first message. Raises `ValueError` for unknown syntax.
     """
-    nodes, rest = _block(list(_pieces(template)), 0)
-    if rest:
-        raise ValueError(f"{{{{ {rest} }}}} has no beginning")
-    listed = [{"Role": message["role"], "Content": message["content"]} for message in messages]
-    if system:
-        listed.insert(0, {"Role": "system", "Content": system})
+    block, closing = _block(_pieces(template))
+    if closing:
+        raise ValueError(f"{{{{ {closing} }}}} has no beginning")
+    first = [{"role": "system", "content": system}] if system else []
+    listed = [{"Role": message["role"], "Content": message["content"]} for message in (*first, *messages)]
     root = {"System": system, "Messages": listed}
-    return "".join(_run(nodes, root, {"$": root}))
+    return "".join(_run(block, root, {"$": root}))
 
 
 def _pieces(template: str) -> Iterator[str | _Action]:
-    """Text and actions in turn; `{{- ` and ` -}}` take the white space on their side away."""
-    place, strip = 0, False
-    for match in _ACTION.finditer(template):
-        text = template[place : match.start()]
+    """Text and actions in turn; `{{- ` and ` -}}` take away the white space on their side."""
+    texts = _ACTION.split(template)  # text, then left mark, code, right mark and text of each action
+    for place in range(0, len(texts), 4):
+        text = texts[place]
         if "{{" in text:
-            break
-        text = text.lstrip(" \t\r\n") if strip else text
-        yield text.rstrip(" \t\r\n") if match[1] else text
-        if not match[2].startswith("/*"):
-            yield _Action(match[2])
-        place, strip = match.end(), match[3] is not None
-    if "{{" in template[place:]:
-        raise ValueError(f"an action is not closed: {template[place : place + 40]!r}")
-    yield template[place:].lstrip(" \t\r\n") if strip else template[place:]
+            raise ValueError(f"an action is not closed: {text[text.index('{{') :][:40]!r}")
+        text = text.lstrip(_SPACE) if place and texts[place - 1] else text
+        left, code = texts[place + 1 : place + 3] or (None, "/*")
+        yield text.rstrip(_SPACE) if left else text
+        if not code.startswith("/*"):
+            yield _Action(code)
 
 
-def _block(pieces: list[str | _Action], depth: int) -> tuple[list[Node], str]:
-    """The nodes up to the `end` or `else` that closes this block, which is returned too; consumes `pieces`."""
-    nodes: list[Node] = []
-    while pieces:
-        piece = pieces.pop(0)
-        if isinstance(piece, str):
-            nodes.append(piece)
-        elif piece.code == "end" or piece.code.startswith("else"):
-            return nodes, piece.code
-        elif piece.code.startswith("if "):
-            nodes.append(_if(piece.code.removeprefix("if "), pieces, depth))
-        elif match := _RANGE.fullmatch(piece.code):
-            body, _ = _block(pieces, depth + 1)
-            nodes.append(_Range(match[1], match[3], body))
+def _block(pieces: Iterator[str | _Action]) -> tuple[Block, str]:
+    """The pieces up to the `end` or `else` that closes this block, and that action; empty at the template's end."""
+    block: Block = []
+    for piece in pieces:
+        code = piece.code if isinstance(piece, _Action) else ""
+        if code == "end" or code.startswith("else"):
+            return block, code
+        if code.startswith("if "):
+            branches: list[tuple[str, Block]] = []
+            while code != "end":
+                condition = code.removeprefix("else").strip().removeprefix("if ")
+                body, code = _closed(pieces)
+                branches.append((condition, body))
+            block.append(_If(branches))
+        elif match := _RANGE.fullmatch(code):
+            block.append(_Range(match[1], match[3], _closed(pieces)[0]))
         else:
-            nodes.append(piece)
-    if depth:
+            block.append(piece)
+    return block, ""
+
+
+def _closed(pieces: Iterator[str | _Action]) -> tuple[Block, str]:
+    block, closing = _block(pieces)
+    if not closing:
         raise ValueError("a block has no {{ end }}")
-    return nodes, ""
+    return block, closing
 
 
-def _if(condition: str, pieces: list[str | _Action], depth: int) -> _If:
-    branches: list[tuple[str | None, list[Node]]] = []
-    current: str | None = condition
-    while True:
-        body, closing = _block(pieces, depth + 1)
-        branches.append((current, body))
-        if closing == "end":
-            return _If(branches)
-        current = closing.removeprefix("else").strip().removeprefix("if ") or None
-
-
-def _run(nodes: list[Node], dot: Any, variables: dict[str, Any]) -> Iterator[str]:
-    for node in nodes:
+def _run(block: Block, dot: Any, scope: Scope) -> Iterator[str]:
+    for node in block:
         if isinstance(node, str):
             yield node
-        elif isinstance(node, _Action):
-            match = _DECLARED.fullmatch(node.code)
-            if match:
-                variables[match[1]] = _value(match[3], dot, variables)
-            else:
-                yield str(_value(node.code, dot, variables))
         elif isinstance(node, _If):
-            chosen = (body for test, body in node.branches if test is None or _value(test, dot, variables))
-            yield from _run(next(chosen, []), dot, variables)
+            chosen = (body for condition, body in node.branches if not condition or _value(condition, dot, scope))
+            yield from _run(next(chosen, []), dot, scope)
+        elif isinstance(node, _Range):
+            for index, element in enumerate(_value(node.code, dot, scope)):
+                scope[node.index] = index
+                yield from _run(node.body, element, scope)
+        elif match := _DECLARED.fullmatch(node.code):
+            scope[match[1]] = _value(match[3], dot, scope)
         else:
-            for index, element in enumerate(_value(node.code, dot, variables)):
-                variables[node.index] = index
-                yield from _run(node.body, element, variables)
+            yield str(_value(node.code, dot, scope))
 
 
-def _value(code: str, dot: Any, variables: dict[str, Any]) -> Any:
+def _value(code: str, dot: Any, scope: Scope) -> Any:
     words = _WORD.findall(code)
-    if "".join(words) != re.sub(r'("(?:\\.|[^"\\])*")|\s+', r"\1", code):
-        raise ValueError(f"not understood: {code!r}")
-    value = _call(words, dot, variables)
-    if words:
+    value = _call(words, dot, scope)
+    if words or _WORD.sub("", code).strip():
         raise ValueError(f"not understood: {code!r}")
     return value
 
 
-def _call(words: list[str], dot: Any, variables: dict[str, Any]) -> Any:
-    """A function with its arguments, or a single operand; takes its words from the list."""
-    if words and words[0] in ("eq", "len", "slice", "not"):
-        name, arguments = words.pop(0), []
-        while words and words[0] != ")":
-            arguments.append(_operand(words, dot, variables))
-        if name == "eq":
-            return arguments[0] in arguments[1:]
-        if name == "not":
-            return not arguments[0]
-        return len(arguments[0]) if name == "len" else arguments[0][arguments[1] :]
-    return _operand(words, dot, variables)
+def _call(words: list[str], dot: Any, scope: Scope) -> Any:
+    """The value of a function with its arguments, or of a single operand; takes its words from the list."""
+    if not words or words[0] not in ("eq", "len", "slice", "not"):
+        return _operand(words, dot, scope)
+    name, arguments = words.pop(0), []
+    while words and words[0] != ")":
+        arguments.append(_operand(words, dot, scope))
+    if name == "eq":
+        return arguments[0] in arguments[1:]
+    if name == "not":
+        return not arguments[0]
+    return len(arguments[0]) if name == "len" else arguments[0][arguments[1] :]
 
 
-def _operand(words: list[str], dot: Any, variables: dict[str, Any]) -> Any:
+def _operand(words: list[str], dot: Any, scope: Scope) -> Any:
     if not words:
         raise ValueError("a value is missing")
     word = words.pop(0)
     if word == "(":
-        value = _call(words, dot, variables)
+        value = _call(words, dot, scope)
         if not words or words.pop(0) != ")":
             raise ValueError("a bracket is not closed")
         return value
@@ -156,7 +148,7 @@ def _operand(words: list[str], dot: Any, variables: dict[str, Any]) -> Any:
     if word in ("true", "false"):
         return word == "true"
     head, _, field = word.partition(".")
-    start = variables.get(head) if head else dot
+    start = scope.get(head) if head else dot
     if start is None:
         raise ValueError(f"not understood: {word!r}")
     return start[field] if field else start

@@ -19,11 +19,11 @@ from gguf import MODEL_TENSOR, TensorNameMap
 from safetensors import safe_open
 
 from persona.errors import EnvironmentFault, PersonaError, UsageError
+from persona.files import JsonObject
 from persona.model.folders import read_config, tensor_index
 
 MODEL_SCRIPT = "convert_hf_to_gguf.py"
 ADAPTER_SCRIPT = "convert_lora_to_gguf.py"
-OUTTYPES = ("f16", "bf16", "q8_0")
 # Bytes a weight takes: Q8_0 holds 32 weights in 32 bytes and a float16
 _SIZES = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "f32": 4.0}
 _UPDATE = "Update it (`git pull` in that folder), or take a newer copy of llama.cpp."
@@ -42,13 +42,18 @@ def check_checkout(folder: Path, script: str) -> Path:
     )
 
 
+def text_config(model: Path) -> JsonObject:
+    """The config.json of `model`, or its part for the text if it reads images too."""
+    config = read_config(model)
+    return config.get("text_config") or config
+
+
 def check_model(model: Path, tokenizer: Any, folder: Path) -> None:
     """Raise `UsageError` for what would make a GGUF file that fails or answers gibberish.
 
     `model` is a Hugging Face folder, `folder` the llama.cpp that is to convert it.
     """
-    outer = read_config(model)
-    config = outer.get("text_config") or outer
+    config, outer = text_config(model), read_config(model)
     architectures = outer.get("architectures") or []
     sources = _sources(folder)
     if not any(f'"{name}"' in text for name in architectures for text in sources):
@@ -74,7 +79,7 @@ def _named(model: Path, kind: MODEL_TENSOR) -> tuple[str, list[int]] | None:
     return found[0] if found else None
 
 
-def _check_vocabulary(model: Path, config: dict[str, Any], tokenizer: Any) -> None:
+def _check_vocabulary(model: Path, config: JsonObject, tokenizer: Any) -> None:
     embedding = _named(model, MODEL_TENSOR.TOKEN_EMBD)
     if embedding is None:
         return  # an architecture with names of its own; the converter will say what it thinks of it

@@ -1,7 +1,7 @@
 """An adapter's two files -> the change of every parameter of its base.
 
-PEFT itself says what the settings mean: it puts the adapter around a model without weights, and what it has put there
-names the tensors, their shapes and their scaling, whatever patterns, ties and variants the settings hold.
+PEFT itself reads the settings: it places the adapter on a model without weights, and the layers it makes there give
+the names, shapes and scaling of the tensors, for all patterns, ties and variants.
 """
 
 import json
@@ -17,6 +17,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona.errors import DataError, UsageError
 from persona.files import ADAPTER_WEIGHTS, read_json
@@ -24,15 +25,17 @@ from persona.merge.changes import Added, Change, Decomposed, LowRank, Replaced, 
 from persona.model.folders import check_safetensors
 
 PREFIX = "base_model.model."
-# These begin from weights that are no longer those of the base
+# These start from weights that differ from the base's
 _MOVED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _UNMERGEABLE = ("layer_replication", "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora")
 _UNMERGEABLE += ("kasa_config", "monteclora_config", "velora_config", "megatron_config")
+_EMBEDDINGS = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight")
+Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The changes by the parameter's name in transformers, and the parameters that still follow another one."""
+    """The changes by the parameter's name in transformers, and the parameters that share weights with another one."""
 
     changes: dict[str, list[Change]]
     tied: dict[str, str]
@@ -41,19 +44,31 @@ class Adapter:
     """Parameter -> the one whose weights it shared before the adapter made them differ."""
 
 
-def read_adapter(folder: Path, skeleton: Any, base: Path) -> Adapter:
-    """What the adapter in `folder` changes in `skeleton`, a model of transformers without weights; which it wraps.
+def skeleton(base: Path) -> Any:
+    """The model in `base` without weights, on torch's meta device; raises `UsageError` for one of unknown kind."""
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"The model in {base} is of a kind that cannot be merged: {reason}") from None
 
-    Raises `UsageError` naming what belongs to another model or cannot be merged, `DataError` for damaged numbers.
+
+def read_adapter(folder: Path, base: Path) -> Adapter:
+    """The changes that the adapter in `folder` makes to the model in `base`.
+
+    Raises `UsageError` naming the tensor or setting that belongs to another model or cannot be merged, `DataError` for
+    numbers that are not finite.
     """
-    config = _read_config(folder)
+    config, model = _read_config(folder), skeleton(base)
     check_safetensors(folder / ADAPTER_WEIGHTS)
     weights = load_file(folder / ADAPTER_WEIGHTS)
-    parameters = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    ties = dict(skeleton.all_tied_weights_keys)
-    _check_vocabulary(folder, base, weights, skeleton)
-    wrapped = _wrapped(skeleton, config, folder)
-    _check_names(folder, base, weights, wrapped, parameters, config.ensure_weight_tying)
+    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ties: dict[str, str] = dict(model.all_tied_weights_keys)
+    _check_vocabulary(folder, base, weights, model)
+    wrapped = _wrapped(model, config, folder)
+    _check_tensors(folder, base, weights, wrapped, parameters, set(ties) if config.ensure_weight_tying else set())
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise DataError(f"{folder}: {name} holds numbers that are not finite. Merge an earlier checkpoint.")
@@ -62,7 +77,7 @@ def read_adapter(folder: Path, skeleton: Any, base: Path) -> Adapter:
         for name, change in _changes_of(path, module, weights, folder):
             changes.setdefault(name, []).append(change)
     for key, tensor in weights.items():
-        if (name := _plain(key)) in parameters:  # what was trained whole comes before what is added to it
+        if (name := _plain(key)) in parameters:  # weights trained whole come before what is added to them
             changes.setdefault(name, []).insert(0, Replaced(tensor))
     followers = set(ties) if config.ensure_weight_tying else _following(wrapped)
     changes = {name: change for name, change in changes.items() if name not in followers}
@@ -91,9 +106,9 @@ def _read_config(folder: Path) -> LoraConfig:
     values = read_json(path)
     if values.get("peft_type") != "LORA":
         kind = values.get("peft_type") or "an unknown kind"
-        raise UsageError(f"{folder} is no LoRA adapter ({kind}); only those can be merged.")
+        raise UsageError(f"{folder} is not a LoRA adapter ({kind}); only LoRA can be merged.")
     if not isinstance(values.get("lora_alpha"), int | float) or not isinstance(values.get("r"), int):
-        raise UsageError(f"{path}: lora_alpha or r is missing or no number. Copy it again.")
+        raise UsageError(f"{path}: lora_alpha or r is missing or is not a number. Copy it again.")
     start = str(values.get("init_lora_weights")).lower()
     odd = [key for key in _UNMERGEABLE if values.get(key)]
     odd += [f"init_lora_weights: {start}"] if start.startswith(_MOVED_BASE) else []
@@ -110,11 +125,10 @@ def _read_config(folder: Path) -> LoraConfig:
         raise UsageError(f"{path}: PEFT does not accept it: {error}") from None
 
 
-def _check_vocabulary(folder: Path, base: Path, weights: dict[str, torch.Tensor], skeleton: Any) -> None:
-    rows = skeleton.get_input_embeddings().weight.shape[0]
-    ends = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight")
+def _check_vocabulary(folder: Path, base: Path, weights: Weights, model: Any) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
     for key, tensor in weights.items():
-        if _plain(key).endswith(ends) and tensor.shape[0] != rows:
+        if _plain(key).endswith(_EMBEDDINGS) and tensor.shape[0] != rows:
             raise UsageError(
                 f"{folder} was trained with a resized vocabulary: {key} has {tensor.shape[0]} rows, that of {base} "
                 f"{rows}. Its new tokens are not in the base's tokenizer; train again without adding tokens."
@@ -131,36 +145,36 @@ def _check_vocabulary(folder: Path, base: Path, weights: dict[str, torch.Tensor]
         )
 
 
-def _wrapped(skeleton: Any, config: LoraConfig, folder: Path) -> Any:
+def _wrapped(model: Any, config: LoraConfig, folder: Path) -> Any:
     config.base_model_name_or_path = ""  # PEFT would look for it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftModel(skeleton, config, low_cpu_mem_usage=True)
+            return PeftModel(model, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"{folder} does not fit this model: PEFT says: {reason}") from None
 
 
-def _check_names(
-    folder: Path, base: Path, weights: dict[str, torch.Tensor], wrapped: Any, parameters: dict[str, Any], tying: bool
+def _check_tensors(
+    folder: Path, base: Path, weights: Weights, wrapped: Any, parameters: dict[str, tuple[int, ...]], tied: set[str]
 ) -> None:
+    """Raise `UsageError` unless `weights` are those PEFT would save of `wrapped`; `tied` layers may be absent."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     known = shapes | {key: parameters[_plain(key)] for key in found if _plain(key) in parameters}
-    # those of a tied output layer are the embedding's, and need not be written twice
-    optional = {key for key in shapes if tying and any(_plain(key).startswith(f"{name.rpartition('.')[0]}.") for name in
-                wrapped.base_model.model.all_tied_weights_keys)}  # fmt: skip
+    layers = tuple(f"{name.rpartition('.')[0]}." for name in tied)
+    optional = {key for key in shapes if _plain(key).startswith(layers)}
     if strange := sorted(found.keys() - known.keys()):
         raise UsageError(
-            f"{folder} changes {_plain(strange[0])}, which {base} does not have or its settings do not speak of "
+            f"{folder} changes {_plain(strange[0])}, which {base} does not have or the adapter's settings do not name "
             f"({len(strange)} such tensors): it belongs to another model, or cannot be merged here."
         )
     if missing := sorted(shapes.keys() - found.keys() - optional):
-        raise UsageError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); it was not copied completely.")
+        raise UsageError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy it again.")
     if odd := sorted(key for key in found if found[key] != known[key]):
         key = odd[0]
         raise UsageError(
@@ -169,39 +183,38 @@ def _check_names(
         )
 
 
-def _changes_of(path: str, module: Any, weights: dict[str, torch.Tensor], folder: Path) -> list[tuple[str, Change]]:
+def _changes_of(path: str, module: Any, weights: Weights, folder: Path) -> list[tuple[str, Change]]:
     """The changes that one of PEFT's layers makes, with the names of the parameters."""
     layer = _plain(path)
     if isinstance(module, TrainableTokensLayer) and not module.tied_adapter:
         indices = torch.tensor(module.token_indices["default"])
         rows = weights[f"{path}.trainable_tokens_delta"]
         return [(f"{layer.removesuffix('.token_adapter')}.weight", Rows(indices, rows))]
-    own = f"{path}.lora_embedding_A" if isinstance(module, Embedding) else f"{path}.lora_A.weight"
-    if not isinstance(module, LoraLayer) or own not in weights:  # a layer that follows the one it is tied to
+    pair = [
+        f"{path}.lora_embedding_{half}" if isinstance(module, Embedding) else f"{path}.lora_{half}.weight"
+        for half in "AB"
+    ]
+    if not isinstance(module, LoraLayer) or pair[0] not in weights:  # a layer that follows the one it is tied to
         return []
     variant = module.lora_variant.get("default")
-    kinds = (Linear, Embedding, ParamWrapper)
-    if type(module) not in kinds or not (variant is None or isinstance(variant, DoraLinearVariant)):
-        what = type(variant if variant is not None else module).__name__
-        raise UsageError(f"{folder}: the layer {layer} is of PEFT's kind {what}, which cannot be merged here.")
+    types = (Linear, Embedding, ParamWrapper)
+    if type(module) not in types or not (variant is None or isinstance(variant, DoraLinearVariant)):
+        unknown = type(variant if variant is not None else module).__name__
+        raise UsageError(f"{folder}: the layer {layer} is of PEFT's type {unknown}, which cannot be merged here.")
     scaling = float(module.scaling["default"])
     if isinstance(module, ParamWrapper):
         return [(f"{layer}.{module.parameter_name}", _of_parameter(module, path, weights, scaling))]
-    if isinstance(module, Embedding):
-        a, b = weights[f"{path}.lora_embedding_A"], weights[f"{path}.lora_embedding_B"]
-        turned = True
-    else:
-        a, b = weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"]
-        turned = bool(getattr(module, "fan_in_fan_out", False))
-    low_rank = LowRank(a.T, b.T, scaling) if turned else LowRank(b, a, scaling)
+    transposed = isinstance(module, Embedding) or bool(getattr(module, "fan_in_fan_out", False))
+    a, b = (weights[name] for name in pair)
+    low_rank = LowRank(a.T, b.T, scaling) if transposed else LowRank(b, a, scaling)
     magnitude = weights.get(f"{path}.lora_magnitude_vector", weights.get(f"{path}.lora_magnitude_vector.weight"))
-    change: Change = low_rank if magnitude is None else Decomposed(low_rank, magnitude.flatten(), turned)
+    change: Change = low_rank if magnitude is None else Decomposed(low_rank, magnitude.flatten(), transposed)
     bias = weights.get(f"{path}.lora_B.bias")
     added: list[tuple[str, Change]] = [] if bias is None else [(f"{layer}.bias", Added(bias.float() * scaling))]
     return [(f"{layer}.weight", change), *added]
 
 
-def _of_parameter(module: ParamWrapper, path: str, weights: dict[str, torch.Tensor], scaling: float) -> LowRank:
+def _of_parameter(module: ParamWrapper, path: str, weights: Weights, scaling: float) -> LowRank:
     """The change of a single parameter, such as the stacked weights of experts (PEFT's `target_parameters`)."""
     a, b = weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"]
     if module.num_experts == 1 and module.get_param().dim() == 2:

@@ -1,4 +1,4 @@
-"""What an adapter does to one tensor of its base, applied to any block of rows on its own, in float32.
+"""The change that an adapter makes to one tensor of its base, applied to a block of rows at a time, in float32.
 
 `left @ right` is written in the order in which the base stores the tensor: B A for a linear layer, its transpose for
 the layers of GPT-2 and for embeddings.
@@ -15,13 +15,13 @@ from persona.config import Quantization
 
 
 class Change(Protocol):
-    """A change of a tensor. `whole` says that it needs all rows at once, as norms of columns do."""
+    """A change of a tensor. `whole` says that it needs all rows at once, as the norm of a column does."""
 
     @property
     def whole(self) -> bool: ...
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """`rows` (float32, from row `start` on) as the adapter makes them; `rows` may be changed in place."""
+        """The changed `rows` (float32, from row `start` on); `rows` may be changed in place."""
         ...
 
 
@@ -54,7 +54,7 @@ class Decomposed:
     direction: LowRank
     magnitude: torch.Tensor
     by_column: bool
-    """Whether a column of the stored tensor has one magnitude, not a row."""
+    """Whether the magnitude belongs to a column of the stored tensor, not to a row."""
 
     @property
     def whole(self) -> bool:
@@ -108,41 +108,46 @@ class Added:
         return rows.add_(self.values[start : start + len(rows)].float())
 
 
-# --- four bits --------------------------------------------------------------------------------------------------------
-# Weights as training in 4 bits saw them, for merging into those instead of the original ones.
-#
-# Whether that is better is disputed (axolotl #1263, unsloth-zoo #810, peft #2105): `--compare-bases` measures it.
+# --- 4 bits -----------------------------------------------------------------------------------------------------------
+# The weights that training in 4 bits computed with. Whether an adapter is better merged into these or into the original
+# ones is disputed (axolotl #1263, unsloth-zoo #810, peft #2105): `--compare-bases` measures it.
 
 
 @dataclass(frozen=True)
 class FourBits:
-    """A weight quantized and dequantized by bitsandbytes, as `persona.model.loading.load_base` holds it."""
+    """How a run in 4 bits held its base: the quantization, and the number format in which it computed."""
 
     quantization: Quantization
     compute: torch.dtype
-    turned: bool
-    """Whether the stored tensor is the transpose of what is quantized (GPT-2's Conv1D)."""
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """W quantized to 4 bits and back by bitsandbytes, as `persona.model.loading.load_base` holds it."""
+
+    four_bits: FourBits
+    transposed: bool
+    """Whether the stored tensor is the transpose of the quantized one (GPT-2's Conv1D)."""
     whole: bool = True
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """See `persona.merge.changes.Change`."""
-        weight = (rows.T if self.turned else rows).contiguous().to(self.compute)
-        held, state = quantize_4bit(
-            weight,
+        """See `Change`."""
+        quantization = self.four_bits.quantization
+        packed, state = quantize_4bit(
+            (rows.T if self.transposed else rows).contiguous().to(self.four_bits.compute),
             blocksize=64,  # bitsandbytes' default, which load_base keeps
-            compress_statistics=self.quantization.bnb_4bit_use_double_quant,
-            quant_type=self.quantization.bnb_4bit_quant_type,
+            compress_statistics=quantization.bnb_4bit_use_double_quant,
+            quant_type=quantization.bnb_4bit_quant_type,
         )
-        seen = dequantize_4bit(held, state).float()
-        return seen.T.contiguous() if self.turned else seen
+        dequantized = dequantize_4bit(packed, state).float()
+        return dequantized.T.contiguous() if self.transposed else dequantized
 
 
-def held_in_4_bits(model: Any, quantization: Quantization, compute: torch.dtype) -> dict[str, list[Change]]:
-    """The parameters of `model` (one without weights) that training holds in 4 bits: all linear layers but the last."""
-    head = model.get_output_embeddings()
-    changes: dict[str, list[Change]] = {}
+def dequantized_weights(model: Any, four_bits: FourBits) -> dict[str, Dequantized]:
+    """The change of each weight of `model` that training holds in 4 bits: all linear layers but the output layer."""
+    head, changes = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
-        turned = type(module).__name__ == "Conv1D"
-        if module is not head and (turned or isinstance(module, nn.Linear)):
-            changes[f"{name}.weight"] = [FourBits(quantization, compute, turned)]
+        transposed = type(module).__name__ == "Conv1D"
+        if module is not head and (transposed or isinstance(module, nn.Linear)):
+            changes[f"{name}.weight"] = Dequantized(four_bits, transposed)
     return changes

@@ -1,20 +1,31 @@
-"""What a merged model's folder says of itself: how it speaks, where it comes from, and how it was made.
+"""The merged model's folder: where it may be written, and the files beside its weights.
 
-Nothing in these files is a line of the data or a path of this machine: the folder is made to be given away.
+No file holds a line of the data or a path of this machine: the folder is made to be given away.
 """
 
 import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import AutoConfig, GenerationConfig
 
 from persona.config import Generation
-from persona.files import ADAPTER_WEIGHTS, file_sha256, read_json, write_json, write_text
-from persona.model.adapters import PERSONA, Persona, copy_tokenizer, model_card
+from persona.errors import EnvironmentFault, UsageError
+from persona.files import ADAPTER_WEIGHTS, JsonObject, file_sha256, read_json, write_json, write_text
+from persona.merge.weights import Output
+from persona.model.adapters import PERSONA, TOKENIZER_FILES, copy_tokenizer, merged_name, model_card, read_persona
+from persona.model.loading import trained_format
 
-# What a base's own generation_config.json may say of the choice of words; ours takes the place of all of it
+_OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", "README.md", "run.json", PERSONA}
+_OWN_FILES |= {*TOKENIZER_FILES}
+_OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+_REST_BYTES = 64 * 2**20  # tokenizer and settings: the largest tokenizer.json known has 34 MB
+# The sampling that a base's own generation_config.json may hold; ours replaces all of it
 _SAMPLING = {
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "penalty_alpha", "max_length", "max_new_tokens"),
@@ -23,32 +34,87 @@ _SAMPLING = {
 LICENCE = "The base model's licence applies to this model too; read it before you publish."
 
 
-def describe_merged(
-    folder: Path, adapter: Path, title: str, persona: Persona | None, generation: Generation, dtype: str
-) -> None:
-    """Complete the merged model in `folder`: sampling in generation_config.json, README.md and run.json.
+def check_output(output: Path, base: Path, adapter: Path) -> None:
+    """Raise `UsageError` if `output` may not be replaced: an input, the current folder, not a merged model of ours."""
+    folder, another = output.resolve(), "choose another folder with --output."
+    for source in (base, adapter):
+        if folder == source.resolve() or source.resolve() in folder.parents:
+            raise UsageError(f"The output {output} is inside the input {source}; {another}")
+        if folder in source.resolve().parents:
+            raise UsageError(f"The output {output} would replace the folder that holds the input {source}; {another}")
+    for path in (folder, *folder.parents):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise UsageError(f"The output {output} cannot be a folder, since {path} is a file; {another}")
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"The output {output} is the current folder or holds it; {another}")
+    found = sorted(path.name for path in folder.iterdir()) if os.path.isdir(folder) else []
+    strange = [name for name in found if name not in _OWN_FILES and not _OWN_WEIGHTS.fullmatch(name)]
+    if strange:
+        names = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
+        raise UsageError(
+            f"{output} would be replaced, but holds files that no merge wrote: {names}. Move it, or {another}"
+        )
+    if found and PERSONA not in found:
+        raise UsageError(f"{output} exists and is not a merged model of ours (no {PERSONA}); remove it, or {another}")
 
-    `adapter` is what was merged; the run it lies in tells what it was trained on and measured at.
+
+def check_space(plans: Sequence[Sequence[Output]], folder: Path) -> None:
+    """Raise `EnvironmentFault` if the disk has no room for every planned model at once, beside an earlier `folder`."""
+    there = next(path for path in folder.parents if os.path.isdir(path))
+    needed = sum(sum(tensor.size for tensor in plan) + _REST_BYTES for plan in plans)
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        kept = " The earlier model is kept until the new one is whole." if os.path.isdir(folder) else ""
+        raise EnvironmentFault(
+            f"The merged model needs {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free.{kept} Nothing "
+            "was written; make space, or choose a folder on another disk with --output."
+        )
+
+
+def write_rest(
+    folder: Path, base: Path, adapter: Path, dtype: torch.dtype, generation: Generation, untied: bool
+) -> None:
+    """Write everything but the weights: configuration, tokenizer, chat template, sampling, persona, model card, run.
+
+    The run that `adapter` belongs to tells what it was trained on and measured at. With `untied` input and output
+    embeddings are two tensors.
     """
-    path = folder / "generation_config.json"
-    kept = {key: value for key, value in read_json(path).items() if key not in _SAMPLING}
-    write_json(path, kept | sampling(generation))
+    dtype_name, persona = str(dtype).removeprefix("torch."), read_persona(adapter)
+    config = read_json(base / "config.json")
+    config.pop("torch_dtype", None)
+    for section in (config, config.get("text_config")):
+        if untied and isinstance(section, dict):
+            section["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config | {"dtype": dtype_name})
+    fmt = trained_format(base, adapter)
+    copy_tokenizer(base, folder, fmt.tokenizer.chat_template)
+    path = base / "generation_config.json"
+    if path.is_file():
+        own = read_json(path)
+    else:
+        own = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_diff_dict()
+    end = own.get("eos_token_id")
+    ends = {fmt.end_id, fmt.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+    # not saved by transformers, which refuses to save some that it loads: that of Llama 2, for one
+    kept = {key: value for key, value in (own | {"eos_token_id": sorted(ends)}).items() if key not in _SAMPLING}
+    write_json(folder / path.name, kept | sampling(generation))
     run = adapter.resolve().parent / "run.json"
     trained = read_json(run) if run.is_file() else {}
     record = {
-        "merged": {"adapter_sha256": file_sha256(adapter / ADAPTER_WEIGHTS), "dtype": dtype},
+        "merged": {"adapter_sha256": file_sha256(adapter / ADAPTER_WEIGHTS), "dtype": dtype_name},
         "persona": asdict(persona) if persona is not None else None,
         "trained": without_paths(trained),
     }
     write_json(folder / "run.json", record)
     if persona is not None:
-        facts = trained.get("counts", {}) | trained.get("summary", {}) | {"weights": dtype}
-        write_text(folder / "README.md", model_card(persona, title, facts, LICENCE, merged=True))
+        write_json(folder / PERSONA, asdict(persona))
+        facts = trained.get("counts", {}) | trained.get("summary", {}) | {"weights": dtype_name}
+        write_text(folder / "README.md", model_card(persona, merged_name(adapter), facts, LICENCE, merged=True))
 
 
-def sampling(generation: Generation) -> dict[str, Any]:
-    """The settings of `test_model.py` in the names of transformers, which refuses a temperature where none is used."""
-    values: dict[str, Any] = {
+def sampling(generation: Generation) -> JsonObject:
+    """The sampling of `test_model.py` in the names of transformers, which refuses an unused temperature."""
+    values: JsonObject = {
         "do_sample": generation.temperature > 0,
         "repetition_penalty": generation.repetition_penalty,
         "max_new_tokens": generation.max_new_tokens,
@@ -58,8 +124,8 @@ def sampling(generation: Generation) -> dict[str, Any]:
     return values
 
 
-def without_paths(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run with the last part of each file's and folder's path alone."""
+def without_paths(record: JsonObject) -> JsonObject:
+    """The record of a run with each path of a file or folder shortened to its last part."""
     settings = json.loads(json.dumps(record.get("settings", {})))
     for section, keys in {
         "data": ("train_file", "validation_file", "lore_file", "system_prompt"),
@@ -76,36 +142,6 @@ def without_paths(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last(path: str) -> str:
-    """The last part of a path of any system; a hub id is none and stays whole."""
+    """The last part of a path of any system; a hub id is not a path and stays whole."""
     local = path.startswith((".", "/", "~")) or "\\" in path or ":" in path or Path(path).exists()
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2] if local or path.count("/") != 1 else path
-
-
-def _write_rest(
-    base: Path, adapter: Path, folder: Path, dtype: torch.dtype, persona: Persona | None, untied: bool
-) -> None:
-    """Configuration, tokenizer, chat template and generation configuration with every token that ends a reply."""
-    from transformers import AutoConfig, GenerationConfig
-
-    from persona.model.loading import trained_format
-
-    config = read_json(base / "config.json")
-    config.pop("torch_dtype", None)
-    if untied:
-        config["tie_word_embeddings"] = False
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"]["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-    fmt = trained_format(base, adapter)
-    copy_tokenizer(base, folder, fmt.tokenizer.chat_template)
-    name = "generation_config.json"
-    if (base / name).is_file():
-        generation = read_json(base / name)
-    else:
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base)).to_diff_dict()
-    own = generation.get("eos_token_id")
-    ends = [fmt.end_id, fmt.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    # not by transformers, which refuses to save what it loads: that of Llama 2, for one
-    write_json(folder / name, generation | {"eos_token_id": sorted({i for i in ends if i is not None})})
-    if persona is not None:
-        write_json(folder / PERSONA, asdict(persona))

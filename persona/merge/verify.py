@@ -5,10 +5,9 @@ The two are never in memory together; of the first only its logits at the replie
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -18,18 +17,16 @@ from persona.config import Data, Quantization
 from persona.engine.loss import supervised_logits
 from persona.engine.packing import pack
 from persona.errors import DataError, PersonaError, VerificationFailed
-from persona.files import read_json
-from persona.merge.changes import held_in_4_bits
-from persona.merge.merge import Check
-from persona.merge.weights import skeleton
+from persona.merge.adapter import skeleton
+from persona.merge.changes import FourBits, dequantized_weights
 from persona.model.adapters import read_persona
 from persona.model.dataset import render_records
-from persona.model.loading import DTYPES, enough_memory, load_adapter, load_base, trained_format
+from persona.model.loading import enough_memory, load_adapter, load_base, trained_format
 from persona.model.render import ChatFormat, Example
 from persona.records import Record, read_records
 
-POSITIONS = 512  # tokens of replies that are compared
-# Where no held-out file is at hand. What they say does not matter: both models only have to say the same of it.
+TOKENS = 512  # tokens of replies that are compared
+# Compared if there is no held-out file. Any text will do: both models only have to predict it alike.
 _BUILT_IN = (
     ("Who are you, and what do you do all day?", "I keep the lamp, and I count the ships that come home. Some do not."),
     (
@@ -39,33 +36,33 @@ _BUILT_IN = (
     ("你是谁？今天过得怎么样？", "我是看灯的人。今天风很大，海上只有一条船，它一直没有靠岸。"),
     ("Write two lines about rain.", "It fell on the roofs as if it had a list of them,\nand mine was the last."),
 )
+_PLAIN = Quantization(load_in_4bit=False)
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What is compared: examples of at most `POSITIONS` tokens in their replies, and where they come from."""
+class Proof:
+    """How the merged model is compared with base + adapter: on which examples, on which device, in which precision."""
 
     examples: list[Example]
+    """Their replies have at most `TOKENS` tokens together."""
     source: str
-
-    @property
-    def positions(self) -> int:
-        """Tokens of all replies."""
-        return sum(len(example.reply_ids) for example in self.examples)
+    """The file of the examples, or why they are built-in texts."""
+    device: torch.device
+    precision: str
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a merged model may be from base + adapter."""
+    """The largest difference from base + adapter that passes."""
 
     loss: float
     """Relative difference of the mean loss."""
     differing: float
-    """Share of positions at which the most probable token may be another one."""
+    """Share of tokens at which top-1 may differ."""
 
 
-# By the format of the merged weights, computed in float32. SmolLM2-135M with an adapter of rank 16 on 1,197 positions:
-# float32 no difference of the loss and of the first choices, float16 3e-5 and none, bfloat16 1e-4 and 0.2 %.
+# By the format of the merged weights, computed in float32. SmolLM2-135M with an adapter of rank 16 on 1,197 tokens:
+# float32 no difference of loss or top-1, float16 3e-5 of the loss and no top-1, bfloat16 1e-4 and 0.2 %.
 TOLERANCES = {
     torch.float32: Tolerance(1e-5, 0.001),
     torch.float16: Tolerance(1e-3, 0.005),
@@ -78,12 +75,12 @@ ROUGH = Tolerance(2e-2, 0.05)  # computed in 16 bits, where the order of sums al
 class Verdict:
     """Merged model against base + adapter."""
 
-    positions: int
+    tokens: int
     expected: float
     """Mean loss of base + adapter in nats a token."""
     merged: float
     agreement: float
-    """Share of positions with the same most probable token."""
+    """Share of tokens with the same top-1."""
     largest: float
     """Largest difference of a logit."""
     passed: bool
@@ -91,14 +88,32 @@ class Verdict:
     def __str__(self) -> str:
         off = abs(self.merged - self.expected) / self.expected
         return (
-            f"loss {self.merged:.4f} merged, {self.expected:.4f} base + adapter ({off:.1e} apart), the same first "
-            f"choice at {self.agreement:.2%} of {self.positions} positions, largest difference of a logit "
-            f"{self.largest:.3f}"
+            f"loss {self.merged:.4f} merged, {self.expected:.4f} base + adapter ({off:.1e} apart), top-1 agreement "
+            f"{100 * self.agreement:.2f} % over {self.tokens} tokens, largest logit difference {self.largest:.3f}"
         )
 
 
-def held_out(data: Data | None, fmt: ChatFormat, system: str | None, positions: int = POSITIONS) -> HeldOut:
-    """The beginning of the held-out file that `data` names, or built-in texts where there is none."""
+def plan_proof(base: Path, adapter: Path, data: Data | None) -> Proof | None:
+    """How to verify a merge on the held-out file of `data`, or None if the memory cannot hold the model even in bf16.
+
+    `data` is that of the adapter's run; None for an adapter of another tool.
+    """
+    parameters = sum(parameter.numel() for parameter in skeleton(base).parameters())
+    memories = [("cpu", psutil.virtual_memory().available)]
+    if torch.cuda.is_available():
+        memories.insert(0, ("cuda", torch.cuda.mem_get_info()[0]))
+    for device, free in memories:
+        for precision, size in (("fp32", 4), ("bf16", 2)):
+            if parameters * size * 1.25 + 2**30 < free:
+                persona = read_persona(adapter)
+                system = persona.system_prompt if persona is not None else None
+                examples, source = held_out(data, trained_format(base, adapter), system)
+                return Proof(examples, source, torch.device(device), precision)
+    return None
+
+
+def held_out(data: Data | None, fmt: ChatFormat, system: str | None) -> tuple[list[Example], str]:
+    """The beginning of the held-out file that `data` names, or of built-in texts, and which of the two it is."""
     source, records, max_length = "built-in texts", [], 2048
     if data is not None and data.validation_file is not None:
         try:
@@ -109,120 +124,61 @@ def held_out(data: Data | None, fmt: ChatFormat, system: str | None, positions: 
     if not records:
         pairs = ((("user", question), ("assistant", reply)) for question, reply in _BUILT_IN)
         records = [Record(tuple({"role": role, "content": text} for role, text in pair)) for pair in pairs]
-    chosen: list[Example] = []
-    for conversation in render_records(records, fmt, system, max_length).conversations:
-        for example in conversation:
-            room = positions - sum(len(other.reply_ids) for other in chosen)
-            if room > 0:
-                chosen.append(Example(example.prompt_ids, example.reply_ids[:room]))
-    return HeldOut(chosen, source)
+    examples, room = list[Example](), TOKENS
+    for example in render_records(records, fmt, system, max_length).examples:
+        if room > 0:
+            examples.append(Example(example.prompt_ids, example.reply_ids[:room]))
+            room -= len(examples[-1].reply_ids)
+    return examples, source
 
 
-def place_for(base: Path) -> tuple[torch.device, str] | None:
-    """Device and precision in which the model in `base` can be computed here, or None when no memory holds it."""
-    parameters = sum(parameter.numel() for parameter in skeleton(base).parameters())
-    rooms = [("cpu", psutil.virtual_memory().available)]
-    if torch.cuda.is_available():
-        rooms.insert(0, ("cuda", torch.cuda.mem_get_info()[0]))
-    for device, free in rooms:
-        for precision, size in (("fp32", 4), ("bf16", 2)):
-            if parameters * size * 1.25 + 2**30 < free:
-                return torch.device(device), precision
-    return None
+def verify(
+    folder: Path, base: Path, adapter: Path, dtype: torch.dtype, proof: Proof, four_bits: FourBits | None
+) -> Verdict:
+    """The merged model in `folder`, of type `dtype`, against base + adapter; with `four_bits` on the dequantized base.
 
-
-def prepare(
-    base: Path, adapter: Path, data: Data | None, dtype: torch.dtype, say: Callable[[str], None]
-) -> Check | None:
-    """The check of a merge on the held-out file of `data`, telling `say`; None where no memory holds the model.
-
-    `data` is that of the adapter's run; None for an adapter of another tool.
+    Raises `VerificationFailed` if they differ by more than rounding explains, and `OutOfMemory`.
     """
-    place = place_for(base)
-    if place is None:
-        return None
-    persona = read_persona(adapter)
-    texts = held_out(data, trained_format(base, adapter), persona.system_prompt if persona is not None else None)
-
-    def tell(held: Quantization | None, verdict: Verdict) -> None:
-        into = "" if held is None else " into the weights as training in 4 bits saw them"
-        say(f"Verified{into}, pass: {verdict} ({texts.source}).")
-
-    return verifier(base, adapter, texts, dtype, place, trained_in(adapter), tell)
-
-
-def trained_in(adapter: Path) -> torch.dtype:
-    """The number format in which the run behind `adapter` computed; bfloat16 where nothing says it."""
-    path = adapter.resolve().parent / "run.json"
-    resolved = read_json(path).get("resolved") if path.is_file() else None
-    return DTYPES.get(resolved.get("precision", "") if isinstance(resolved, dict) else "", torch.bfloat16)
-
-
-def verifier(
-    base: Path,
-    adapter: Path,
-    texts: HeldOut,
-    dtype: torch.dtype,
-    place: tuple[torch.device, str],
-    compute: torch.dtype,
-    say: Callable[[Quantization | None, Verdict], None],
-) -> Check:
-    """A check for `merge` that compares with base + adapter on `texts`, tells `say`, and raises `VerificationFailed`.
-
-    A base held in 4 bits is the one that training with the type `compute` saw.
-    """
-    device, precision = place
-    plain = Quantization(load_in_4bit=False)
-    tolerance = TOLERANCES[dtype] if precision == "fp32" else ROUGH
-
-    def check(folder: Path, held: Quantization | None) -> float:
-        with enough_memory("Close other programs, or leave the comparison out with --no-verify."):
-            return measured(folder, held)
-
-    def measured(folder: Path, held: Quantization | None) -> float:
-        model = load_base(base, plain, precision, device)
-        if held is not None:
-            _pass_through_4_bits(model, held, compute)
-        expected = reply_logits(load_adapter(model, adapter), texts.examples, device)
-        del model
+    with enough_memory("Close other programs, or leave the comparison out with --no-verify."):
+        expected = _base_logits(base, adapter, proof, four_bits)
         gc.collect()  # PEFT's layers refer to each other, and two models may be more than the memory holds
-        merged = reply_logits(load_base(folder, plain, precision, device), texts.examples, device)
-        verdict = compare(expected, merged, texts.examples, tolerance)
-        if not verdict.passed:
-            raise VerificationFailed(
-                f"The merged model is not base + adapter: {verdict}. Nothing was published, and what was merged has "
-                "been removed. This should not happen: please report it with the model's name. --no-verify writes it "
-                "nevertheless."
-            )
-        say(held, verdict)
-        return verdict.merged
-
-    return check
+        merged = _logits(load_base(folder, _PLAIN, proof.precision, proof.device), proof)
+    tolerance = TOLERANCES[dtype] if proof.precision == "fp32" else ROUGH
+    verdict = compare(expected, merged, proof.examples, tolerance)
+    if not verdict.passed:
+        raise VerificationFailed(
+            f"The merged model is not base + adapter: {verdict}. Nothing was published, and the merged files have been "
+            "removed. This should not happen: please report it with the model's name. --no-verify writes them "
+            "nevertheless."
+        )
+    return verdict
 
 
-def _pass_through_4_bits(model: Any, held: Quantization, compute: torch.dtype) -> None:
-    for name, changes in held_in_4_bits(model, held, compute).items():
-        parameter = model.get_parameter(name)
-        for change in changes:
+def _base_logits(base: Path, adapter: Path, proof: Proof, four_bits: FourBits | None) -> torch.Tensor:
+    model = load_base(base, _PLAIN, proof.precision, proof.device)
+    if four_bits is not None:
+        for name, change in dequantized_weights(model, four_bits).items():
+            parameter = model.get_parameter(name)
             parameter.data = change.apply(parameter.data.float(), 0).to(parameter.dtype)
+    return _logits(load_adapter(model, adapter), proof)
 
 
-def reply_logits(model: Any, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
+def _logits(model: torch.nn.Module, proof: Proof) -> torch.Tensor:
     """Logits (tokens of all replies, vocabulary) in float32 on the CPU."""
     model.eval()
     with torch.no_grad():
-        found = [supervised_logits(model, pack([example], device, share=False)).float().cpu() for example in examples]
-    return torch.cat(found)
+        packs = (pack([example], proof.device, share=False) for example in proof.examples)
+        return torch.cat([supervised_logits(model, one).float().cpu() for one in packs])
 
 
 def compare(expected: torch.Tensor, merged: torch.Tensor, examples: Sequence[Example], tolerance: Tolerance) -> Verdict:
-    """Both models' logits (positions, vocabulary) on the replies of `examples`."""
+    """The verdict on both models' logits (tokens, vocabulary) on the replies of `examples`."""
     targets = torch.tensor([token for example in examples for token in example.reply_ids])
     losses = [F.cross_entropy(logits, targets).item() for logits in (expected, merged)]
     if not all(map(math.isfinite, losses)):
         raise DataError(f"The loss is not finite: {losses[0]} with base + adapter, {losses[1]} merged.")
     differing = int((expected.argmax(-1) != merged.argmax(-1)).sum())
-    # one position may always differ: two tokens can be as good as equally probable
+    # one may always differ: two tokens can be all but equally probable
     alike = differing <= max(1, tolerance.differing * len(targets))
     passed = alike and abs(losses[1] - losses[0]) <= tolerance.loss * losses[0]
     largest = max((a - b).abs().max().item() for a, b in zip(expected, merged, strict=True))

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from making import toy_converter
-from making.runs import QUESTIONS, config
+from making.runs import QUESTIONS, REPLIES, config
+from safetensors.numpy import load_file
 
 import merge_lora_to_fp16
 from persona.config import Generation
-from persona.errors import UsageError
+from persona.errors import DataError, UsageError
 from persona.export import gguf
 from persona.export.command import character_card
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT
@@ -40,7 +41,8 @@ def merge(run, tmp_path, monkeypatch, capsys):
     def convert(script, arguments):
         source, options = Path(arguments[0]), dict(zip(arguments[1::2], arguments[2::2], strict=True))
         if script.name == MODEL_SCRIPT:
-            toy_converter.convert_model(source, options["--outfile"], options["--outtype"], options["--model-name"])
+            name, kind = options["--model-name"], options["--outtype"]
+            toy_converter.convert_model(source, options["--outfile"], kind, name, called.fault)
         else:
             toy_converter.convert_adapter(source, options["--base"], options["--outfile"])
 
@@ -55,6 +57,7 @@ def merge(run, tmp_path, monkeypatch, capsys):
         merge_lora_to_fp16.main()
         return capsys.readouterr().out
 
+    called.fault = ""
     return called
 
 
@@ -82,7 +85,7 @@ def test_the_merged_folder_says_how_it_speaks_and_where_it_comes_from(merge, run
     for name in ("README.md", "run.json", "persona.json"):
         text = Path("out", name).read_text(encoding="utf-8")
         assert str(run.parents[1]) not in text
-        assert not any(question in text for question in QUESTIONS)
+        assert not any(line in text for line in (*QUESTIONS, *REPLIES))
 
 
 def test_merging_again_over_an_earlier_merge_is_allowed(merge):
@@ -98,7 +101,7 @@ def test_the_sampling_is_what_transformers_accepts(temperature):
     made = GenerationConfig(**values)
     made.validate(strict=True)
     assert made.do_sample == (temperature > 0)
-    assert made.top_k in (0, None) or temperature == 0
+    assert values.get("top_k") == (0 if temperature else None)
 
 
 def test_paths_of_the_machine_are_shortened_and_names_kept():
@@ -131,8 +134,10 @@ def test_gguf_adapter_modelfiles_and_card_are_written_together(merge):
         *("--output", "out", "--gguf", "守灯人.gguf", "--outtype", "q8_0", "--gguf-adapter", "sub/lora.gguf"),
         *("--llama-cpp", "llama.cpp", "--character-card", "card.json", "--character", "Keeper", "--greeting", "Aye?"),
     )
-    assert "all 20 tensors" in said or "tensors, vocabulary" in said
-    assert "ollama create" in said
+    count = len(load_file("out/model.safetensors"))
+    assert f"(llama, Q8_0): all {count} tensors, vocabulary, end tokens and chat template are those of out;" in said
+    assert "sub/lora.gguf: the adapter without its base, all 28 matrices compared" in said
+    assert said.count("ollama create") == 2
     whole = Path("守灯人.Modelfile").read_text(encoding="utf-8")
     alone = Path("sub/lora.Modelfile").read_text(encoding="utf-8")
     assert "\nFROM ./守灯人.gguf\n" in whole
@@ -147,6 +152,17 @@ def test_gguf_adapter_modelfiles_and_card_are_written_together(merge):
     assert data["mes_example"] == ""
     assert Path("守灯人.gguf").stat().st_size > 1000
     merge("--gguf-adapter", "sub/lora.gguf", "--llama-cpp", "llama.cpp")  # its own files are replaced
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("values", "has other values"), ("missing", "is missing"), ("extra", "is not part of the model")],
+)
+def test_a_gguf_file_of_which_a_tensor_differs_is_not_written(merge, fault, says):
+    merge.fault = fault
+    with pytest.raises(DataError, match=says):
+        merge("--output", "out", "--gguf", "a.gguf", "--llama-cpp", "llama.cpp")
+    assert not [path for path in Path().iterdir() if path.name not in ("out", "llama.cpp")]
 
 
 def test_the_adapter_or_the_card_alone_merges_nothing(merge):
@@ -179,8 +195,8 @@ def test_a_card_has_every_field_of_the_specification():
         (["--gguf", "a.gguf"], "need --llama-cpp"),
         (["--gguf", "a.gguf", "--llama-cpp", "nowhere"], "git clone"),
         (["--gguf", "a.gguf", "--gguf-adapter", "a.gguf", "--llama-cpp", "llama.cpp"], "the same file"),
-        (["--gguf", "out/a.gguf", "--output", "out", "--llama-cpp", "llama.cpp"], "lies in out"),
-        (["--gguf", "mine.gguf", "--llama-cpp", "llama.cpp"], "mine.Modelfile is there and was not written by this"),
+        (["--gguf", "out/a.gguf", "--output", "out", "--llama-cpp", "llama.cpp"], "is inside out"),
+        (["--gguf", "mine.gguf", "--llama-cpp", "llama.cpp"], "mine.Modelfile exists and was not written by this"),
         (["--character-card", "card.txt"], "NAME.json"),
         (["--character-card", "c.json", "--output", "out", "--greeting", "@gone.txt"], "gone.txt cannot be read"),
         (["--character-card", "c.json", "--examples", 1, "--set", "data.train_file=gone.jsonl"], "is not there"),

@@ -96,21 +96,24 @@ def convert(toy, checkout, model, fmt, tmp_path):
 
     def converted(fault="", outtype="f16", folder=model, spoken=fmt):
         toy(fault)
-        return convert_model(folder, tmp_path / "出 out.gguf", checkout, outtype, spoken, "Tamsin")
+        return convert_model(folder, tmp_path / "出 out.gguf", checkout, outtype, spoken)
 
     return converted
+
+
+def metadata(folder):
+    return fields_of(open_gguf(folder / "出 out.gguf"))
 
 
 @pytest.mark.parametrize("outtype", ["f16", "q8_0"])
 def test_a_file_that_is_the_model_is_put_in_place(convert, model, outtype, tmp_path):
     made = convert(outtype=outtype)
-    assert made.path == tmp_path / "出 out.gguf"
     assert made.report.tensors == len(load_file(model / "model.safetensors"))
     assert made.report.unknown == 0
     assert not made.adds_bos
     assert (made.report.largest_error == 0) == (outtype == "f16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["出 out.gguf"]
-    assert fields_of(open_gguf(made.path))["general.name"] == "Tamsin"
+    assert metadata(tmp_path)["general.name"] == "出 out"
 
 
 @pytest.mark.parametrize(
@@ -119,14 +122,14 @@ def test_a_file_that_is_the_model_is_put_in_place(convert, model, outtype, tmp_p
         ("order", r"[qk]_proj\.weight has other values"),
         ("values", "has other values"),
         ("missing", "is missing"),
-        ("extra", "blk.0.attn_rot.weight is in no way part"),
+        ("extra", "blk.0.attn_rot.weight is not part"),
         ("context", "llama.context_length is 2048, but config.json says max_position_embeddings 4096"),
         ("tokens", "2 tokens have another text"),
         ("short", "the tokenizer's reach"),
         ("plain", "would be read as plain text"),
         ("end", "its eos token is 0"),
         ("no template", "it has no chat template"),
-        ("cut", "not a whole GGUF file|other values|missing"),
+        ("cut", "is not a whole GGUF file"),
     ],
 )
 def test_a_file_that_is_another_model_is_refused_and_the_earlier_one_kept(convert, fault, says, tmp_path):
@@ -144,15 +147,14 @@ def test_q8_0_with_other_values_is_refused(convert):
         convert("values", "q8_0")
 
 
-def test_begin_and_end_tokens_that_training_never_saw_are_put_right(convert):
+def test_begin_and_end_tokens_that_training_never_saw_are_put_right(convert, tmp_path):
     made = convert("bos")
-    fields = fields_of(open_gguf(made.path))
-    assert not fields["tokenizer.ggml.add_bos_token"]
+    assert not metadata(tmp_path)["tokenizer.ggml.add_bos_token"]
     assert not made.adds_bos
-    assert "begin token" in made.changes[0]
+    assert "begin token" in made.corrections[0]
     made = convert("eos")
-    assert not fields_of(open_gguf(made.path))["tokenizer.ggml.add_eos_token"]
-    assert "end token" in made.changes[0]
+    assert not metadata(tmp_path)["tokenizer.ggml.add_eos_token"]
+    assert "end token" in made.corrections[0]
 
 
 def test_an_end_token_that_no_runtime_knows_becomes_the_end_token(convert, checkout, tmp_path):
@@ -160,8 +162,8 @@ def test_an_end_token_that_no_runtime_knows_becomes_the_end_token(convert, check
     own = tokenizer(["<|endoftext|>", "<|im_start|>", "<|fin|>"], template, "<|endoftext|>")
     folder = save_model(tmp_path / "own", "llama", own, "float16")
     made = convert(folder=folder, spoken=chat_format(own))
-    assert fields_of(open_gguf(made.path))["tokenizer.ggml.eos_token_id"] == own.convert_tokens_to_ids("<|fin|>")
-    assert "<|fin|>" in made.changes[0]
+    assert metadata(tmp_path)["tokenizer.ggml.eos_token_id"] == own.convert_tokens_to_ids("<|fin|>")
+    assert "<|fin|>" in made.corrections[0]
 
 
 def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, tmp_path):
@@ -171,10 +173,10 @@ def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, 
     settings = read_json(folder / "tokenizer_config.json") | {"chat_template": "{{ 'another' }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     before = sorted(path.name for path in tmp_path.iterdir())
-    made = convert(folder=folder)
-    assert fields_of(open_gguf(made.path))["tokenizer.chat_template"] == fmt.tokenizer.chat_template
+    convert(folder=folder)
+    assert metadata(tmp_path)["tokenizer.chat_template"] == fmt.tokenizer.chat_template
     assert "another" in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, made.path.name])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "出 out.gguf"])
 
 
 def test_of_an_architecture_that_is_not_known_what_differs_is_counted(convert, model, tmp_path):
@@ -323,7 +325,7 @@ def test_what_would_make_a_broken_file_is_refused_beforehand(
 def test_tokens_without_weights_are_refused(model, checkout, chatml_tokenizer, tmp_path):
     rows = read_json(model / "config.json")["vocab_size"] - 3
     broken = copied(model, tmp_path / "broken", with_fewer_rows, vocab_size=rows)
-    with pytest.raises(UsageError, match=rf"<\|im_end\|>.*stand for nothing|has only {rows} rows"):
+    with pytest.raises(UsageError, match=rf"has only {rows} rows, so .*<\|im_end\|>.* stand for nothing"):
         check_model(broken, chatml_tokenizer, checkout)
 
 
@@ -335,7 +337,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused(model, checkout, tm
 
 
 @pytest.mark.parametrize(
-    ("output", "says"), [("x.bin", "NAME.gguf"), ("a folder.gguf", "is a folder"), ("in/x.gguf", "lies in")]
+    ("output", "says"), [("x.bin", "NAME.gguf"), ("a folder.gguf", "is a folder"), ("in/x.gguf", "is inside")]
 )
 def test_an_output_that_can_be_no_file_is_refused(tmp_path, output, says):
     (tmp_path / "a folder.gguf").mkdir()
@@ -411,7 +413,7 @@ def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, t
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(embedded / name, folder / name)
     check_model(folder, spoken, source)
-    file = convert_model(folder, tmp_path / "m.gguf", source, outtype, fmt, "Tamsin")
+    file = convert_model(folder, tmp_path / "m.gguf", source, outtype, fmt)
     assert file.report.unknown == 0
     layers = None if architecture != "gpt2" else ["c_attn", "c_proj", "c_fc"]
     adapter = trained(folder, tmp_path / "adapter", layers, fan_in_fan_out=architecture == "gpt2")

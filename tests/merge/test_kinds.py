@@ -4,9 +4,11 @@ import json
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from making.merging import merge
 from making.tiny import family, save_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -14,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from persona.errors import UsageError
 from persona.merge import weights as tensors
-from persona.merge.merge import merge
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -228,6 +229,11 @@ def test_a_base_in_shards_and_in_bfloat16(bases, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def planned(name, tensor):
+    stored = tensors.Stored(name, Path(), 0, tensor.dtype, tuple(tensor.shape))
+    return tensors.Output(name, stored, tensor.dtype, [])
+
+
 def test_the_files_are_what_safetensors_itself_writes(tmp_path):
     weights = {
         "a": torch.randn(3, 5).half(),
@@ -236,7 +242,7 @@ def test_the_files_are_what_safetensors_itself_writes(tmp_path):
         "d": torch.randn(2).bfloat16(),
     }
     with (tmp_path / "ours").open("wb") as file:
-        file.write(tensors.header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()]))
+        file.write(tensors.header([planned(name, tensor) for name, tensor in weights.items()]))
         for tensor in weights.values():
             tensors.write(file, tensor)
     read = load_file(tmp_path / "ours")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from making.merging import merge
 from making.runs import config
 from making.tiny import family, save_model
 from safetensors.torch import load_file, save_file
@@ -12,8 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from persona.config import Quantization
 from persona.errors import DataError, EnvironmentFault, UsageError
-from persona.merge import merge as merging
-from persona.merge.merge import merge
 from persona.model.adapters import TOKENIZER_FILES, kind_of, read_persona
 from persona.model.loading import load_adapter, load_base
 from persona.train.run import finetune
@@ -44,8 +43,8 @@ def tuned(base, adapter):
 def test_merged_is_base_plus_adapter(trained, tmp_path, shard_bytes):
     base, adapter = trained
     report = merge(base, adapter, tmp_path / "merged", torch.float32, shard_bytes)
-    assert report.changed == 14
-    assert (report.shards > 1) == (shard_bytes < 10**9)
+    assert report.weights.changed == 14
+    assert (report.weights.shards > 1) == (shard_bytes < 10**9)
     expected = logits(tuned(base, adapter))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert (logits(merged) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -155,7 +154,7 @@ def test_a_4_bit_base_is_refused(trained, tmp_path):
 
 def test_inputs_and_folders_of_others_are_not_overwritten(trained, tmp_path):
     base, adapter = trained
-    with pytest.raises(UsageError, match="lies in the input"):
+    with pytest.raises(UsageError, match="is inside the input"):
         merge(base, adapter, base / "merged", torch.float16, 10**9)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years", encoding="utf-8")
@@ -167,7 +166,7 @@ def test_inputs_and_folders_of_others_are_not_overwritten(trained, tmp_path):
 def test_another_model_is_not_overwritten_and_our_own_is(trained, tmp_path):
     base, adapter = trained
     changed_adapter(base, tmp_path / "model", lambda folder: None)
-    with pytest.raises(UsageError, match="no merged model of ours"):
+    with pytest.raises(UsageError, match="not a merged model of ours"):
         merge(base, adapter, tmp_path / "model", torch.float16, 10**9)
     for shard_bytes in (100_000, 10**9):
         merge(base, adapter, tmp_path / "merged", torch.float16, shard_bytes)
@@ -195,20 +194,20 @@ def test_changes_are_counted_after_rounding(trained, tmp_path):
     rounded = changed_adapter(base, tmp_path / "rounded", round_weights)
     slight = changed_adapter(adapter, tmp_path / "slight", lambda folder: rescale(folder, 3e-4))
     (slight / "persona.json").unlink()
-    assert merge(rounded, slight, tmp_path / "wide", torch.float32, 10**9).changed == 14
+    assert merge(rounded, slight, tmp_path / "wide", torch.float32, 10**9).weights.changed == 14
     with pytest.raises(DataError, match="changes nothing"):
         merge(rounded, slight, tmp_path / "half", torch.float16, 10**9)
     report = merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
     plain, ours = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     changes = [(ours[name].float() - plain[name]).abs().max().item() for name in ours]
-    assert report.largest_change == pytest.approx(max(changes), rel=1e-3)
+    assert report.weights.largest_change == pytest.approx(max(changes), rel=1e-3)
 
 
-def test_an_adapter_of_another_tool_is_not_said_to_be_verified(trained, tmp_path):
+def test_an_adapter_of_another_tool_is_not_said_to_be_checked(trained, tmp_path):
     base, adapter = trained
     foreign = changed_adapter(adapter, tmp_path / "foreign", lambda folder: (folder / "persona.json").unlink())
-    assert not merge(base, foreign, tmp_path / "theirs", torch.float16, 10**9).verified_base
-    assert merge(base, adapter, tmp_path / "ours", torch.float16, 10**9).verified_base
+    assert not merge(base, foreign, tmp_path / "theirs", torch.float16, 10**9).base_checked
+    assert merge(base, adapter, tmp_path / "ours", torch.float16, 10**9).base_checked
 
 
 def test_a_name_longer_than_any_file_is_a_message(trained, tmp_path):
@@ -217,7 +216,7 @@ def test_a_name_longer_than_any_file_is_a_message(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "writer", ["persona.merge.merge.write", "persona.merge.merge.publish", "persona.merge.folder.write_json"]
+    "writer", ["persona.merge.weights.write", "persona.files.publish", "persona.merge.folder.write_json"]
 )
 def test_a_full_disk_leaves_nothing_behind(trained, tmp_path, monkeypatch, writer):
     def full(*_, **__):
@@ -273,11 +272,11 @@ def test_a_broken_adapter_is_named(trained, tmp_path, harm, says):
 
 def test_a_generation_configuration_that_transformers_would_not_save_is_kept(trained, tmp_path):
     base, adapter = trained
-    values = {"temperature": 0.6, "eos_token_id": 7}  # without do_sample, as that of Llama 2
+    values = {"temperature": 0.6, "bos_token_id": 3, "eos_token_id": 7}  # without do_sample, as that of Llama 2
     other = changed_adapter(base, tmp_path / "other", write("generation_config.json", json.dumps(values)))
     merge(other, adapter, tmp_path / "merged", torch.float16, 10**9)
     merged = json.loads((tmp_path / "merged" / "generation_config.json").read_text(encoding="utf-8"))
-    assert merged["temperature"] == 0.6
+    assert merged["bos_token_id"] == 3
     assert 7 in merged["eos_token_id"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config.eos_token_id[0] == 7
 
@@ -288,4 +287,4 @@ def test_a_second_copy_of_the_weights_is_not_merged(trained, tmp_path):
     save_file({"layers.0.attention.wq.weight": torch.zeros(4, 4)}, doubled / "consolidated.safetensors")
     report = merge(doubled, adapter, tmp_path / "merged", torch.float16, 10**9)
     assert "layers.0.attention.wq.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
-    assert report.tensors == len(load_file(base / "model.safetensors"))
+    assert report.weights.tensors == len(load_file(base / "model.safetensors"))

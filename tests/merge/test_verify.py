@@ -1,5 +1,6 @@
 """A merged model appears only when it says what base and adapter say, and whole, whatever happens on the way."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from making.merging import merge
 from making.runs import config
 from making.tiny import family, save_model
 from safetensors.torch import load_file
@@ -19,10 +21,10 @@ import merge_lora_to_fp16
 from persona.config import Quantization
 from persona.errors import EnvironmentFault, UsageError, VerificationFailed
 from persona.files import publish, recover
+from persona.merge import folder as merged_folder
 from persona.merge import merge as merging
 from persona.merge import verify
-from persona.merge.changes import LowRank, held_in_4_bits
-from persona.merge.merge import merge
+from persona.merge.changes import FourBits, LowRank, dequantized_weights
 from persona.model.loading import load_adapter, load_base
 from persona.model.render import chat_format
 from persona.train.run import finetune
@@ -48,11 +50,11 @@ def trained(tmp_path_factory):
         return base, finetune(made, True, lambda _: None), made
 
 
-def check_of(trained, dtype, said):
+def proof_of(trained):
     base, adapter, made = trained
-    check = verify.prepare(base, adapter, made.data, dtype, said.append)
-    assert check is not None
-    return check
+    proof = verify.plan_proof(base, adapter, made.data)
+    assert proof is not None
+    return proof
 
 
 def contents(folder):
@@ -64,11 +66,12 @@ def contents(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_good_merge_passes_with_its_numbers(trained, tmp_path, dtype):
-    said = []
-    merge(trained[0], trained[1], tmp_path / "merged", dtype, SHARD, check_of(trained, dtype, said))
-    assert len(said) == 1
-    assert "pass: loss " in said[0]
-    assert "val.jsonl" in said[0]
+    proof = proof_of(trained)
+    (verdict,) = merge(trained[0], trained[1], tmp_path / "merged", dtype, SHARD, proof).verdicts
+    assert verdict.passed
+    assert verdict.merged == pytest.approx(verdict.expected, rel=verify.TOLERANCES[dtype].loss)
+    assert verdict.tokens == tokens(proof.examples) > 50
+    assert "val.jsonl" in proof.source
     assert (tmp_path / "merged" / "config.json").is_file()
 
 
@@ -84,7 +87,7 @@ def test_a_wrong_merge_is_not_published_and_the_one_that_is_there_stays(trained,
 
     monkeypatch.setattr(LowRank, "apply", wrong)
     with pytest.raises(VerificationFailed, match=r"not base \+ adapter: loss .* Nothing was published"):
-        merge(base, adapter, tmp_path / "merged", dtype, SHARD, check_of(trained, dtype, []))
+        merge(base, adapter, tmp_path / "merged", dtype, SHARD, proof_of(trained))
     assert contents(tmp_path / "merged") == before
     assert os.listdir(tmp_path) == ["merged"]
 
@@ -105,21 +108,26 @@ def test_the_numbers_are_those_of_the_logits():
     assert not verify.compare(expected, two, examples, verify.Tolerance(9, 0.3)).passed
 
 
-def test_without_the_held_out_file_built_in_texts_are_compared(trained):
+def tokens(examples):
+    return sum(len(example.reply_ids) for example in examples)
+
+
+def test_without_the_held_out_file_built_in_texts_are_compared(trained, monkeypatch):
     made = trained[2]
     fmt = chat_format(family("llama3"))
     elsewhere = made.data.model_copy(update={"validation_file": "gone.jsonl"})
-    texts = verify.held_out(elsewhere, fmt, "You keep the lamp.")
-    assert "gone.jsonl cannot be read" in texts.source
-    assert texts.positions > 50
-    assert verify.held_out(None, fmt, None).source == "built-in texts"
-    assert verify.held_out(made.data, fmt, None, 20).positions == 20
+    examples, source = verify.held_out(elsewhere, fmt, "You keep the lamp.")
+    assert "gone.jsonl cannot be read" in source
+    assert tokens(examples) > 50
+    assert verify.held_out(None, fmt, None)[1] == "built-in texts"
+    monkeypatch.setattr(verify, "TOKENS", 20)
+    assert tokens(verify.held_out(made.data, fmt, None)[0]) == 20
 
 
 def test_a_model_that_no_memory_holds_is_not_verified(trained, monkeypatch):
     base, adapter, made = trained
     monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-    assert verify.prepare(base, adapter, made.data, torch.float16, print) is None
+    assert verify.plan_proof(base, adapter, made.data) is None
 
 
 # --- the two bases of an adapter trained in 4 bits -------------------------------------------------------------------
@@ -134,35 +142,30 @@ def test_four_bits_are_those_that_training_holds(tmp_path, architecture, precisi
     settings, compute = Quantization(), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     theirs = load_base(base, settings, precision, torch.device("cpu"))
     ours = load_base(base, Quantization(load_in_4bit=False), "fp32", torch.device("cpu"))
-    changes = held_in_4_bits(ours, settings, compute)
+    changes = dequantized_weights(ours, FourBits(settings, compute))
     held = {name: p for name, p in theirs.named_parameters() if type(p).__name__ == "Params4bit"}
     assert changes.keys() == held.keys()
     for name, parameter in held.items():
         seen = dequantize_4bit(parameter.data, parameter.quant_state).float()
-        passed = changes[name][0].apply(ours.get_parameter(name).data, 0)
+        passed = changes[name].apply(ours.get_parameter(name).data, 0)
         assert torch.equal(passed, seen if passed.shape == seen.shape and architecture == "llama" else seen.T), name
 
 
-def test_the_better_of_two_bases_is_kept(trained, tmp_path):
+def test_the_better_of_two_bases_is_kept(trained, tmp_path, monkeypatch):
     base, adapter, made = trained
-    said = []
-    check = check_of(trained, torch.float32, said)
-    forms = (None, (made.quantization, torch.float32))
-    losses = {}
-
-    def watched(folder, held):
-        losses[held is not None] = check(folder, held)
-        return losses[held is not None]
-
-    report = merge(base, adapter, tmp_path / "merged", torch.float32, SHARD, watched, forms)
-    assert len(said) == 2
-    assert "into the weights as training in 4 bits saw them" in said[1]
-    assert losses[True] != losses[False]
-    assert (report.held is not None) == (losses[True] < losses[False])
+    proof, four_bits = proof_of(trained), FourBits(made.quantization, torch.float32)
+    report = merge(base, adapter, tmp_path / "merged", torch.float32, SHARD, proof, four_bits)
+    original, dequantized = report.verdicts
+    assert original.merged != dequantized.merged
+    assert report.dequantized == (dequantized.merged < original.merged)
     for better in (False, True):
-        chosen = merge(base, adapter, tmp_path / "one", torch.float32, SHARD,
-                       lambda _, held, better=better: float((held is not None) != better), forms)  # fmt: skip
-        assert (chosen.held is not None) == better
+
+        def judged(folder, base, adapter, dtype, proof, four_bits, better=better):
+            return dataclasses.replace(original, merged=float((four_bits is not None) != better))
+
+        monkeypatch.setattr(merging, "verify", judged)
+        chosen = merge(base, adapter, tmp_path / "one", torch.float32, SHARD, proof, four_bits)
+        assert chosen.dequantized == better
     assert sorted(os.listdir(tmp_path)) == ["merged", "one"]
     # what was kept last is what training computed with
     model = load_adapter(load_base(base, made.quantization, "fp32", torch.device("cpu")), adapter).eval()
@@ -178,7 +181,7 @@ def test_the_better_of_two_bases_is_kept(trained, tmp_path):
 
 def test_the_space_is_looked_at_before_anything_is_written(trained, tmp_path, monkeypatch):
     base, adapter, _ = trained
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
+    monkeypatch.setattr(merged_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_000))
     with pytest.raises(EnvironmentFault, match=r"needs 0\.1 GB, and .* has 0\.1 GB free"):
         merge(base, adapter, tmp_path / "merged", torch.float16, SHARD)
     assert not list(tmp_path.iterdir())
@@ -308,10 +311,11 @@ def test_the_script_says_what_was_verified_and_what_not(trained, tmp_path, monke
     run(monkeypatch, trained[1].parent, "--output", tmp_path / "b", "--no-verify")
     said = capsys.readouterr().out
     assert "Not verified (--no-verify)" in said
-    assert "held-out loss, first choices, logits" in said
+    assert "held-out loss, top-1, logits" in said
     run(monkeypatch, trained[1].parent, "--output", tmp_path / "c", "--compare-bases")
     assert "The held-out loss is lower when merged into the" in capsys.readouterr().out
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(SystemExit):
         run(monkeypatch, trained[1].parent, "--no-verify", "--compare-bases")
