@@ -17,7 +17,6 @@ from persona.errors import UsageError
 
 MARKER = "COMPLETE.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-JsonObject = dict[str, Any]
 AGAIN = "Copy or download it again completely."
 JsonObject = dict[str, Any]  # an object of JSON that others write, so any key may hold anything
 
