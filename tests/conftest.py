@@ -1,11 +1,11 @@
-"""For every test: no network, no hub, and no CUDA test where there is no card. The models are those of tiny.py."""
+"""For every test: no network, no hub, and no CUDA test on a machine without a GPU. The models are those of tiny.py."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["OMP_NUM_THREADS"] = "1"  # models this small only wait for each other on more
+os.environ["OMP_NUM_THREADS"] = "1"  # on more threads models this small only wait for each other
 
 import pytest
 from pytest_socket import disable_socket
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
     if not torch.cuda.is_available():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA card, and torch finds none here"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch finds none here"))
 
 
 @pytest.fixture(scope="module")

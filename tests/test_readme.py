@@ -1,4 +1,4 @@
-"""What the READMEs tell people to type exists, and is what CI runs."""
+"""The commands, files, settings and links that the READMEs and docs name exist, and CI runs the two commands."""
 
 import re
 import shlex
@@ -30,13 +30,14 @@ def commands(page):
 
 
 def script_calls():
-    found = []
+    """Every call of a script in the pages, as (page, call)."""
+    calls = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         inline = re.findall(r"`(python [\w/]+\.py[^`]*)`", text)
         listed = [line for line in commands(page) if re.match(r"python [\w/]+\.py", line)]
-        found += [(page, call) for call in dict.fromkeys(inline + listed) if "…" not in call and "..." not in call]
-    return found
+        calls += [(page, call) for call in dict.fromkeys(inline + listed) if "…" not in call and "..." not in call]
+    return calls
 
 
 @cache
@@ -59,28 +60,37 @@ def test_every_command_is_one_of_a_script_that_knows_its_options():
         assert (ROOT / script).is_file(), f"{page}: {call}"
         for word in words:
             if word.startswith("--"):
-                assert re.search(rf"{word.partition('=')[0]}\b", help_of(script)), f"{page}: {call}: {word}"
+                option = re.escape(word.partition("=")[0])
+                assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(script)), f"{page}: {call}: {word}"
 
 
 def test_every_file_that_a_command_names_exists():
+    count = 0
     for page, call in script_calls():
         for word in shlex.split(call):
             path = word.rpartition("=")[2].removeprefix("@")
             if "/" in path and not path.startswith(MADE) and path.isascii() and path == path.lower():
+                count += 1
                 assert (ROOT / path).exists(), f"{page}: {call}: {path}"
+    assert count >= 10
 
 
 def test_every_setting_that_a_page_names_exists():
     from persona.config import Config, setting_names
 
     sections = "|".join(Config.model_fields)
+    quoted = overridden = 0
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for name in re.findall(rf"`((?:{sections})\.\w+)\b", text):
             if not name.endswith((".py", ".json", ".jsonl")):
+                quoted += 1
                 assert name in setting_names(), f"{page}: {name}"
         for name in re.findall(r"--set ([\w.]+)=", text):
+            overridden += 1
             assert name in (*setting_names(), "section.key", "SECTION.KEY"), f"{page}: {name}"
+    assert quoted >= 80
+    assert overridden >= 8
 
 
 def test_every_link_to_a_file_leads_somewhere():
@@ -108,7 +118,8 @@ def test_the_table_of_settings_is_the_generated_one():
 
 
 def test_every_requirement_is_pinned_and_says_why():
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
-            if line and not line.startswith(("#", "-r ")):
-                assert re.fullmatch(r"[\w-]+==[\w.]+ +# \S.*", line), line
+    files = ("requirements.txt", "requirements-dev.txt")
+    lines = [line for name in files for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    pins = [line for line in lines if line and not line.startswith(("#", "-r "))]
+    assert len(pins) >= 20
+    assert [line for line in pins if not re.fullmatch(r"[\w-]+==[\w.]+ +# \S.*", line)] == []

@@ -7,7 +7,20 @@ from collections import Counter
 import pytest
 
 from persona.errors import DataError
-from persona.records import Record, RecordFault, check_messages, read_records, repeat_weighted
+from persona.records import (
+    CHARACTER_MACRO,
+    MACRO,
+    USER_MACRO,
+    Record,
+    RecordFault,
+    check_messages,
+    control_token,
+    is_chinese,
+    language,
+    read_records,
+    repeat_weighted,
+    speaks_as_ai,
+)
 
 
 def user(text):
@@ -130,6 +143,8 @@ GOOD = record(1).encoded().decode()
         (GOOD.replace('"meta":{}', '"meta": {"a": "\\ud83d"}').encode(), "surrogate"),
         (GOOD.replace('"meta":{}', '"meta": []').encode(), "$.meta"),
         (GOOD.replace('"meta"', '"id"').encode(), 'unknown key "id"'),
+        (GOOD.replace('"meta":{}', '"meta": {"type": "settings_qa"}').encode(), 'write "lore_qa", its name now'),
+        (GOOD.replace('"meta":{}', '"meta": {"type": "settings_background"}').encode(), 'write "lore_background"'),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, said):
@@ -143,10 +158,17 @@ def test_a_bad_line_is_named(tmp_path, line, said):
     assert said in message
 
 
-def test_depth_of_64_is_allowed(tmp_path):
+@pytest.mark.parametrize("inside", ["", '"text", 1', "{}"])
+@pytest.mark.parametrize("depth", [61, 62, 63])
+def test_depth_of_64_is_allowed(tmp_path, depth, inside):
     path = tmp_path / "a.jsonl"
-    path.write_text(GOOD.replace('"meta":{}', '"meta": {"a": ' + "[" * 62 + "]" * 62 + "}"), encoding="utf-8")
-    assert len(read_records(path)) == 1
+    nested = "[" * depth + inside + "]" * depth
+    path.write_text(GOOD.replace('"meta":{}', '"meta": {"a": ' + nested + "}"), encoding="utf-8")
+    if depth + 2 + bool(inside) > 65:  # the record, its meta and the lists, and what is in the innermost
+        with pytest.raises(DataError, match="64 levels"):
+            read_records(path)
+    else:
+        assert len(read_records(path)) == 1
 
 
 def test_all_faults_are_counted_and_twenty_shown(tmp_path):
@@ -184,3 +206,45 @@ def test_the_extra_copies_are_chosen_by_the_seed():
     assert len(chosen) > 1
     with pytest.raises(ValueError, match="weight"):
         repeat_weighted(records, -1, 0)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("今晚的潮水很大。", "Chinese"),
+        ("我叫 Tamsin，住在 Lantern Rock。", "Chinese"),
+        ("灯台に住んでいます。", "Japanese"),
+        ("The word 灯 means lamp, and nobody here can write it.", "Latin letters"),
+        ("Où est le chat ?", "Latin letters"),
+        ("Кто там?", "other"),
+        ("…", "other"),
+    ],
+)
+def test_the_language_of_a_text(text, expected):
+    assert language(text) == expected
+    assert is_chinese(text) == (expected in ("Chinese", "Japanese"))
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<｜User｜>", "</s>", "[INST]", "<</SYS>>", "<end_of_turn>", "<bos>"])
+def test_a_control_token_is_found_in_a_text(token):
+    assert control_token(f"Aye. {token} Mind the tide.") == token
+    assert control_token("Aye [softly] <sighs> a < b | c > d.") is None
+
+
+@pytest.mark.parametrize("text", ["As an AI, I cannot feel.", "I'm an AI.", "作为一个人工智能，我没有感情。"])
+def test_a_reply_that_speaks_as_a_language_model_is_found(text):
+    assert speaks_as_ai(f"Hm. {text}")
+    assert speaks_as_ai("As an aide to the keeper, I am just fine. 作为看守人，我不睡。") is None
+
+
+def test_macros_of_role_play_programs():
+    assert [bool(p.search("{{ user }} sees <USER>")) for p in (USER_MACRO, CHARACTER_MACRO, MACRO)] == [
+        True,
+        False,
+        True,
+    ]
+    assert [bool(p.search("{{Char}} and <BOT>")) for p in (USER_MACRO, CHARACTER_MACRO, MACRO)] == [False, True, True]
+    assert not MACRO.search("{{ two words }} <people>")
