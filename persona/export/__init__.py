@@ -1,1 +1,1 @@
-"""What other programs need of a tuned model: GGUF for llama.cpp, a Modelfile for Ollama, a character card."""
+"""The files that other programs need of a tuned model: GGUF for llama.cpp, a Modelfile for Ollama, a character card."""

@@ -26,7 +26,7 @@ _SYSTEM = "Zsystemz"
 _MARK = re.compile(r"Zsystemz|Zuserz\d|Zassistantz\d")
 _TURNS = range(1, 5)
 _BOTH = (False, True)
-# What these would do unquoted: a brace joins the action behind it, and Ollama's reader of Modelfiles ends a text at
+# Text that needs quoting: a brace would join the action behind it, and Ollama's reader of Modelfiles ends a text at
 # three quotation marks and drops what is not printable (parser/parser.go)
 _UNSAFE = re.compile(r'\{\{|\{$|"""|"$')
 Gap = tuple[str, ...]  # what stands before a message: its text, or the texts before and after the system prompt
@@ -38,7 +38,7 @@ class Inexpressible(PersonaError):
 
 @dataclass(frozen=True)
 class _Pieces:
-    """What a chat template writes around the messages."""
+    """The text that a chat template writes around the messages."""
 
     user: dict[tuple[bool, bool, bool], Gap]
     """Before a user's message: by system prompt or none, first message or not, last message or not."""
@@ -70,7 +70,7 @@ def ollama_template(fmt: ChatFormat, adds_bos: bool, systems: Sequence[str] = ()
 
 
 def ollama_text(template: str, messages: Sequence[Message]) -> str:
-    """What Ollama feeds the model for `messages`, whose first one may be the system prompt."""
+    """The text that Ollama feeds the model for `messages`, whose first one may be the system prompt."""
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     return render(template, system, messages[1:] if system else messages)
 
@@ -137,7 +137,7 @@ def _greeting(fmt: ChatFormat, user: dict[tuple[bool, bool, bool], Gap], bos: st
 
 
 def _gaps(fmt: ChatFormat, messages: Sequence[Message], bos: str) -> tuple[list[Gap], str]:
-    """What stands before each message of a probe but the system prompt, and after the last one."""
+    """The texts before each message of a probe but the system prompt, and the text after the last one."""
     text = prompt_text(messages, fmt).removeprefix(bos)
     marks, texts = _MARK.findall(text), _MARK.split(text)
     if sorted(marks) != sorted(message["content"] for message in messages):
@@ -233,22 +233,22 @@ def modelfile(
     and a system prompt that Ollama would read otherwise, are left out with a note.
     """
     lines, notes = list(start), []
-    said = _said(system, fmt) if system else None
+    prompt = _stripped_as(fmt, system) if system else None
     try:
-        lines.append(f"TEMPLATE {_quoted(ollama_template(fmt, adds_bos, [said] if said else []))}")
+        lines.append(f"TEMPLATE {_quoted(ollama_template(fmt, adds_bos, [prompt] if prompt else []))}")
     except Inexpressible as reason:
         notes.append(
             f"The chat template has no form in Ollama's language ({reason}), so the Modelfile has none: Ollama will "
             "guess one from the GGUF file. Check what it writes with OLLAMA_DEBUG=1, or use llama.cpp with --jinja, "
             "which takes the chat template itself"
         )
-    if said and (lost := _lost(said)):
+    if prompt and (lost := _lost(prompt)):
         notes.append(
             f"Ollama's reader of Modelfiles would change the system prompt ({lost}), so it is left out: send it with "
             "each conversation, or take that out of the prompt and train again"
         )
-    elif said:
-        lines.append(f"SYSTEM {_quoted(said)}")
+    elif prompt:
+        lines.append(f"SYSTEM {_quoted(prompt)}")
     return Modelfile("\n".join([*lines, *_parameters(fmt, generation, context)]) + "\n", notes)
 
 
@@ -256,7 +256,7 @@ def _quoted(text: str) -> str:
     return f'"""{text}"""'
 
 
-def _said(system: str, fmt: ChatFormat) -> str:
+def _stripped_as(fmt: ChatFormat, system: str) -> str:
     """The system prompt as the chat template writes it: many strip white space, which Go's language cannot."""
     asked: Message = {"role": "user", "content": "Who goes there?"}
     texts = [prompt_text([{"role": "system", "content": s}, asked], fmt) for s in (system, system.strip())]
@@ -264,7 +264,7 @@ def _said(system: str, fmt: ChatFormat) -> str:
 
 
 def _lost(text: str) -> str | None:
-    """What Ollama's reader drops of a text in three quotation marks, or takes for its end."""
+    """The part of a text in three quotation marks that Ollama's reader drops or takes for its end."""
     if '"""' in text:
         return 'three quotation marks """ end it'
     # it keeps what Go calls printable, and white space at which it looks for the end

@@ -37,7 +37,7 @@ from persona.model.folders import check_model_folder
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """The outcome of a merge."""
 
     weights: WeightsReport
     base_checked: bool

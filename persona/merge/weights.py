@@ -135,7 +135,7 @@ def write(file: IO[bytes], tensor: torch.Tensor) -> None:
 
 @dataclass
 class WeightsReport:
-    """What writing the weights changed, and the numbers that could not be written."""
+    """The changes that writing the weights made, and the numbers that could not be written."""
 
     tensors: int = 0
     shards: int = 0
