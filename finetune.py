@@ -4,26 +4,26 @@
     python finetune.py --config config/presets/qwen2.5-1.5b-8gb.json --set data.train_file=data/mine/train.jsonl
     accelerate launch --multi_gpu --num_processes 2 finetune.py
 
-The same command continues an interrupted run. Every setting lies in the JSON file; see config/README.md.
+The same command continues an interrupted run. All settings are in one JSON file; config/README.md lists them.
 """
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from persona.console import colour_wanted, run_script
-
-if TYPE_CHECKING:
-    from persona.train.devices import Devices
+from persona.console import run_script
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("config/default.json"), help="settings (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting")
+    parser.add_argument("--config", type=Path, default=Path("config/default.json"), metavar="FILE",
+                        help="JSON file of settings (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                        help="change one setting, e.g. training.learning_rate=1e-4; may be repeated")  # fmt: skip
     parser.add_argument("--resume", choices=["auto", "never"], default="auto",
-                        help="auto continues an interrupted run; never sets it aside and starts over")  # fmt: skip
-    parser.add_argument("--show", type=int, metavar="N", help="print N examples as the model sees them, and stop")
+                        help="auto: continue an interrupted run in this folder; never: set it aside and start over "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--show", type=int, metavar="N",
+                        help="print N training examples as the model reads them, without training")  # fmt: skip
     args = parser.parse_args()
     if args.show is not None and args.show < 1:
         parser.error(f"--show takes a number from 1 on, not {args.show}")
@@ -31,39 +31,9 @@ def main() -> None:
     from persona.train.devices import joined
 
     with joined() as devices:
-        tune(args, devices)
+        from persona.train.command import tune
 
-
-def tune(args: argparse.Namespace, devices: "Devices") -> None:
-    from persona.config import load_config
-
-    config = load_config(args.config, args.set)
-
-    from datetime import date
-
-    from persona.model.dataset import read_data
-    from persona.model.sources import resolve_model
-
-    read_data(config.data, config.seed)  # mistakes in the data come before a download
-    # before transformers is imported: a local model switches the hub off
-    devices.first_on_each_machine(lambda: resolve_model(config.model.name_or_path))
-
-    from persona.train.run import finetune, prepare, show_examples
-
-    if args.show is not None:
-        material = prepare(config, date.today())
-        if devices.main:
-            print(show_examples(material, args.show, colour_wanted()))
-            print("".join(f"note: {note}\n" for note in material.notes), end="")
-        return
-    run = finetune(config, args.resume == "auto", lambda text: print(text, flush=True), devices)
-    if not devices.main:
-        return
-
-    from persona.train.curves import draw
-    from persona.train.history import read_history
-
-    draw([read_history(run.parent)], run.parent / "loss.png", 0.9)
+        tune(args.config, args.set, args.resume == "auto", args.show, devices)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Attention over a prefix tree: every token attends to its ancestors and itself, and to nothing else.
 
 A mask over the whole tree is exact too, but nearly all of it is zeros. Here a tree is cut into blocks of neighbouring
-branches, and a block attends only to the tokens that it has something to do with: the ancestors of its branches, whose
-keys are taken once for all of them, and itself. There is nothing but matrix products and softmax in it, so the same
-code runs on every device; the weights are computed again in the backward pass, as in FlashAttention (arXiv 2205.14135),
-and never kept.
+branches, and a block attends only to the ancestors of its branches, whose keys are taken once for all of them, and to
+itself. It consists of matrix products and softmax alone, so the same code runs on every device; the weights are never
+kept but computed again in the backward pass, as in FlashAttention (arXiv 2205.14135).
 """
 
 from collections.abc import Sequence
@@ -21,15 +20,15 @@ NAME = "prefix_tree"
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens begin..end of a pack, and what they attend to."""
+    """Tokens begin..end of a pack, and the tokens they attend to."""
 
     begin: int
     end: int
     sources: Sequence[tuple[int, int]]
     """Stretches of the pack that some of the block's tokens attend to; the last is the block itself."""
     bias: torch.Tensor
-    """(tokens, last of the sources' tokens) float32, added to the scores: -inf where a token does not attend, 0 where
-    it does; to the sources' tokens before these, all attend."""
+    """(tokens, last of the sources' tokens) float32, added to the scores: 0 where a token attends, else -inf; to the
+    sources' tokens before these, all attend."""
 
 
 Tree = Sequence[Block]
@@ -84,7 +83,7 @@ def _rows(x: torch.Tensor, block: Block, groups: int) -> torch.Tensor:
 
 
 def _put(into: torch.Tensor, block: Block, rows: torch.Tensor) -> None:
-    """The way back of `_rows`."""
+    """The reverse of `_rows`."""
     place = into[block.begin : block.end].unflatten(1, (len(rows), -1))
     place.copy_(rows.unflatten(1, (-1, block.end - block.begin)).permute(2, 0, 1, 3))
 

@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 
-# Norms, gated layers and output layers of these compute what is written here and in persona/engine/loss.py (no scale
-# and no soft cap behind the output layer); any other architecture keeps its own
+# Norms, gated layers and output layers of these compute the formulas here and in persona/engine/loss.py (no scale or
+# soft cap behind the output layer); any other architecture keeps its own
 KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROWS = 512  # of a norm at a time on a CPU: float32 copies in one piece left holes of 0.2 GiB in a benchmark's 2.7
 _UNPACKED = "weight_unpacked"  # attribute of a 4-bit layer
 
 
 def fuse(model: PeftModel) -> None:
-    """Replace the forward of plain LoRA layers and, in architectures that are known, of norms and gated layers."""
+    """Replace the forward of plain LoRA layers and, in known architectures, of norms and gated layers."""
     known = model.config.model_type in KNOWN
     for module in model.modules():
-        if "forward" in vars(module):  # somebody else's, such as a hook of accelerate
+        if "forward" in vars(module):  # set by another library, such as a hook of accelerate
             continue
         if hasattr(module, "lora_A") and _is_plain_lora(module):
             module.forward = partial(_adapted, module, module.forward)
@@ -113,10 +113,10 @@ class _Adapted(torch.autograd.Function):
 
 
 def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The frozen weight of `base` (out, in), taken out of its 4 bits where it is held in them."""
+    """The frozen weight of `base` (out, in), dequantized if it is held in 4 bits."""
     if (plain := vars(base).get(_UNPACKED)) is not None:
         return plain.to(dtype)
-    # a weight that FSDP has put together again has lost its own
+    # a weight that FSDP has gathered has lost its own
     state = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
     if state is None:
         return base.weight.to(dtype)
@@ -127,10 +127,10 @@ def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def unpacked(model: Any) -> Iterator[None]:
-    """While entered, hold the 4-bit weights of `model` unpacked too, where they lie on the CPU and memory allows it.
+    """Inside, hold the 4-bit weights of `model` dequantized too, if they are on the CPU and memory allows it.
 
-    They compute the same. On the CPU unpacking takes longer than the products of one token, and a reply does both for
-    each of its tokens.
+    They compute the same. On the CPU dequantizing takes longer than the products of one token, and a reply does both
+    for each of its tokens.
     """
     named = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     layers = [module for module in named if not hasattr(module, "base_layer")]  # PEFT's has the same name
@@ -193,7 +193,7 @@ def _few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
     product: Any = _Product.apply(gate, up)
-    product.again = partial(_product, gate.detach(), up.detach())  # a fifth of all that is kept, were it kept
+    product.again = partial(_product, gate.detach(), up.detach())  # it would be a fifth of all kept tensors
     return module.down_proj(product)
 
 

@@ -10,7 +10,7 @@ from persona.engine.fused import KNOWN, compute_dtype
 from persona.engine.packing import Pack
 
 CHUNK = 2**24  # logits that exist at a time; in 16 bits these are 32 MiB
-PIECE = 2**20  # of them turned into probabilities at a time in float32 on a CPU: few enough to stay in a core's cache
+PIECE = 2**20  # logits turned into float32 probabilities at a time on a CPU: few enough to stay in a core's cache
 PIECE_ON_GPU = 2**23  # a GPU works through more of them sooner than it starts many times
 
 
@@ -38,7 +38,7 @@ def token_losses(model: Any, packed: Pack) -> torch.Tensor:
 
 
 def _before_output_layer(model: Any, packed: Pack) -> torch.Tensor | None:
-    """What the output layer reads at the supervised positions (supervised, size); None where it is not plain."""
+    """Input of the output layer at the supervised positions (supervised, size); None if that layer is not plain."""
     head = model.get_output_embeddings()
     if model.config.model_type not in KNOWN or head.bias is not None:
         return None
@@ -66,18 +66,18 @@ def supervised_logits(model: Any, packed: Pack) -> torch.Tensor:
 
 
 def _inputs(packed: Pack, config: Any) -> dict[str, Any]:
-    given = {"input_ids": packed.input_ids, "use_cache": False}
+    row = {"input_ids": packed.input_ids, "use_cache": False}
     if packed.tree is None:
-        return given
+        return row
     if config._attn_implementation != NAME:  # any other attention would not look at the tree, and say nothing
         raise ValueError(f"a prefix tree needs the attention {NAME}, not {config._attn_implementation}")
-    # a mask of four dimensions is handed on as it is, so that no other one is made
+    # transformers passes a 4-D mask through unchanged; this keeps it from building its own
     nothing = torch.empty(1, 1, 1, 1, device=packed.input_ids.device)
-    return given | {"position_ids": packed.position_ids, "tree": packed.tree, "attention_mask": nothing}
+    return row | {"position_ids": packed.position_ids, "tree": packed.tree, "attention_mask": nothing}
 
 
 class _NegativeLogLikelihood(torch.autograd.Function):
-    """The gradient is made with the loss, chunk by chunk, so that logits are never kept (as in arXiv 2410.10989)."""
+    """Computes the gradient with the loss, chunk by chunk, so that logits are never kept (as in arXiv 2410.10989)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

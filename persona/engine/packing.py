@@ -1,8 +1,12 @@
-"""Examples -> packs: what goes through the model at a time.
+"""Examples -> packs: the tokens that go through the model at a time.
 
-Where the architecture allows it (`persona.engine.trial`), the examples of an update form a prefix tree: what they have
-in common, such as the character's card and the earlier turns of a conversation, is computed once; every token attends
-to its ancestors and itself. Otherwise a pack is rows of one example each. Loss and gradients are the same either way.
+Every reply is an example with its whole context, so the examples of an update repeat each other: the system prompt, and
+the earlier turns of a conversation. Sorted by their tokens, those that begin alike are neighbours, and each shares with
+the one before it all that it shares with any before. So one walk over them makes a prefix tree: an example adds the
+tokens behind the common prefix; each token is computed once, and attends to its ancestors and itself. The tree is cut
+into packs that fit the memory, and a pack into blocks of neighbouring branches for `persona.engine.attention`. If the
+architecture does not allow this (`persona.engine.trial`), a pack is rows of one example each. Loss and gradients are
+the same either way.
 """
 
 import bisect
@@ -21,13 +25,13 @@ BLOCK_ON_GPU = 512  # a GPU works through larger products sooner than it starts 
 
 @dataclass(frozen=True)
 class Pack:
-    """Input of one pass through the model, and which of its positions are supervised by which token."""
+    """Input of one pass through the model, its supervised positions, and their targets."""
 
     input_ids: torch.Tensor  # (rows, length)
-    position_ids: torch.Tensor | None  # (rows, length), None where they just count
+    position_ids: torch.Tensor | None  # (rows, length), None if they just count
     tree: Tree | None  # who attends to whom; None is plain causal attention within each row
     positions: torch.Tensor  # (supervised,) index into the flattened input: where the logits are
-    targets: torch.Tensor  # (supervised,) the token that should come there; a position may have several
+    targets: torch.Tensor  # (supervised,) the right token there; a position may have several
 
 
 def inputs(example: Example) -> tuple[int, ...]:
@@ -36,7 +40,7 @@ def inputs(example: Example) -> tuple[int, ...]:
 
 
 def portion(examples: Sequence[Example], rank: int, count: int, share: bool) -> Sequence[Example]:
-    """The examples that process `rank` of `count` computes; none, where there are fewer examples than processes.
+    """The examples that process `rank` of `count` computes; may be none if there are fewer examples than processes.
 
     Those that begin alike stay together, and each process gets about as many tokens; with `share`, tokens that an
     example has in common with its neighbour count once.
@@ -46,7 +50,7 @@ def portion(examples: Sequence[Example], rank: int, count: int, share: bool) -> 
     ordered = sorted(examples, key=inputs)
     costs = [1 + len(inputs(example)) for example in ordered]
     if share and ordered:
-        # what all have in common costs every process the same; it is taken off the first one
+        # the prefix of all examples costs every process the same; it is taken off the first one
         costs[0] -= _common(inputs(ordered[0]), inputs(ordered[-1]))
         for place in range(1, len(ordered)):
             costs[place] -= _common(inputs(ordered[place - 1]), inputs(ordered[place]))
@@ -75,13 +79,13 @@ def _plan_rows(examples: Sequence[Example], max_tokens: int) -> list[list[Exampl
 
 
 def _plan_trees(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    # in sorted order an example shares with its neighbour all that it shares with any example before it
+    # in this order an example shares with its neighbour all that it shares with any example before it
     ordered = sorted(examples, key=inputs)
     read = [inputs(example) for example in ordered]
     new = [len(ids) - _common(before, ids) for before, ids in zip([(), *read], read, strict=False)]
 
     def firsts(limit: int) -> list[int]:
-        """Where a pack begins when each is filled up to `limit`, which takes the fewest packs."""
+        """The places where packs begin if each is filled up to `limit`, which takes the fewest packs."""
         begins: list[int] = []
         size = 0
         for place, ids in enumerate(read):
@@ -92,7 +96,7 @@ def _plan_trees(examples: Sequence[Example], max_tokens: int) -> list[list[Examp
         return begins
 
     # The smallest limit that takes no more packs: a last pack of few tokens would compute the system prompt once more,
-    # the others need less memory, and blocks of one size fit where those of the pack before were.
+    # even packs need less memory, and blocks of one size fit into the memory of those before.
     few = len(firsts(max_tokens))
     smallest = bisect.bisect_left(range(max_tokens), True, key=lambda limit: len(firsts(limit)) <= few)
     begins = firsts(smallest)
@@ -100,7 +104,7 @@ def _plan_trees(examples: Sequence[Example], max_tokens: int) -> list[list[Examp
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
@@ -119,8 +123,8 @@ def pack(examples: Sequence[Example], device: torch.device, share: bool, block: 
 
 
 def _rows(examples: Sequence[Example], device: torch.device) -> Pack:
-    # Filled up on the right: with causal attention nothing attends to what stands right of it, so the filling needs no
-    # mask and no token of its own.
+    # Filled up on the right: with causal attention no token attends to those right of it, so the filling needs no mask
+    # and no token of its own.
     width = max(len(inputs(example)) for example in examples)
     rows, positions, targets = [], [], []
     for row, example in enumerate(examples):
@@ -162,7 +166,7 @@ Segment = tuple[list[int], int, int]  # ancestors from the root on, first new no
 
 
 def _grouped(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
-    """Neighbouring segments in groups of up to `size` tokens; a longer segment is cut into even pieces."""
+    """Neighbouring segments in groups of up to `size` tokens; longer segments are cut into even pieces."""
     cuts = {ancestors[-1] + 1 for ancestors, _, _ in segments if ancestors}
     groups: list[list[Segment]] = [[]]
     for ancestors, begin, end in segments:

@@ -1,4 +1,4 @@
-"""Whether a model may be given prefix trees, and the proof on its own data that it computes them right."""
+"""Whether a model can compute prefix trees, and the proof on its own data that it computes them right."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ TRIAL_BLOCK = 64  # so that even a short tree has several blocks
 
 
 def why_not(config: Any, longest: int) -> str | None:
-    """Why a model of this configuration cannot be given prefix trees of up to `longest` positions; None if it can."""
+    """Why a model of this configuration cannot compute prefix trees of up to `longest` positions; None if it can."""
     kind = config.model_type
     layers = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)
@@ -36,7 +36,7 @@ def why_not(config: Any, longest: int) -> str | None:
     if slides and (window is None or window < longest):
         return f"its attention reaches back only {window} tokens, and a pack has up to {longest}"
     if other := sorted({layer for layer in layers if layer not in ("full_attention", "sliding_attention")}):
-        return f"it has layers of {', '.join(other)}, which carry what one reply says into the next"
+        return f"it has layers of {', '.join(other)}, which carry one reply into the next"
     if kind in STATE:
         return "it carries a state from token to token"
     if kind in LEARNED:
@@ -58,18 +58,18 @@ def why_not(config: Any, longest: int) -> str | None:
 def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accelerator: Any) -> str | None:
     """Let `model` compute prefix trees in fused layers, after a trial with the beginning of one of `examples`.
 
-    Returns why it has to be one example a row, or None when beginnings are shared.
+    Returns the reason why each example needs a row of its own, or None if prefixes are shared.
     """
     reason = why_not(model.config, longest)
     if reason is None:
         model.get_base_model().set_attn_implementation(NAME)
-    found = difference(model, trial_examples(examples), accelerator, share=reason is None)
+    fault = difference(model, trial_examples(examples), accelerator, share=reason is None)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
-    if found is None:
+    if fault is None:
         return reason
     keep_rows(model)
-    return f"in a trial before the first update {found}"
+    return f"in a trial before the first update {fault}"
 
 
 def keep_rows(model: Any) -> None:
@@ -80,7 +80,7 @@ def keep_rows(model: Any) -> None:
 
 
 def trial_examples(examples: Sequence[Example]) -> list[Example]:
-    """Three short examples that begin like the shortest of `examples` and part there, of its tokens in other orders."""
+    """Three short examples with a common prefix, from the tokens of the shortest of `examples` in three orders."""
     shortest = min(examples, key=lambda example: len(example.prompt_ids) + len(example.reply_ids))
     ids = (*shortest.prompt_ids, *shortest.reply_ids)
     head = ids[: min(HEAD, len(ids) * 2 // 3)]
@@ -90,7 +90,7 @@ def trial_examples(examples: Sequence[Example]) -> list[Example]:
 
 
 def difference(model: Any, examples: Sequence[Example], accelerator: Any, share: bool) -> str | None:
-    """What differs between `examples` in one pack and each alone in the libraries' own layers; None if nothing.
+    """The difference between `examples` in one pack and each alone in the libraries' own layers; None if none.
 
     The layers of `model` are left fused; its weights, gradients, mode and the random state are as they were.
     """
@@ -115,7 +115,7 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
 
 @contextmanager
 def _trial(model: Any) -> Iterator[None]:
-    """No dropout, and an adapter whose two halves both matter; everything is put back afterwards."""
+    """No dropout and an adapter with two random halves inside; everything is put back afterwards."""
     halves = [weight for name, weight in model.named_parameters() if "lora_B" in name]
     before, mode = [weight.detach().clone() for weight in halves], model.training
     chance = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The folders that a run leaves behind: what each is, what the other scripts need of it, and how it is written."""
+"""The folders that a run leaves behind: how they are told apart, read by the other scripts, and written."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from persona.model.sources import resolve_model
 
 PERSONA = "persona.json"
 # What belongs to a tokenizer in a Hugging Face folder; these travel byte for byte, because a tokenizer that is loaded
-# and saved again no longer has the hash by which llama.cpp's converter knows it.
+# and saved again loses the hash by which llama.cpp's converter knows it.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,18 +32,18 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Persona:
-    """What must be the same in training, chat, evaluation and merge."""
+    """Everything that training, chat, evaluation and merge must agree in."""
 
     base_name: str
     base_fingerprint: str
     """`persona.model.folders.fingerprint` of the base model's weights."""
     system_prompt: str | None
     date: str
-    """Day that a template which writes the date was fixed to, ISO 8601."""
+    """The day that templates write as today's, ISO 8601."""
 
 
 def read_persona(folder: Path) -> Persona | None:
-    """The persona in `folder`, None when another tool made the folder; raises `UsageError` for one of another form."""
+    """The persona in `folder`, None if another tool made the folder; raises `UsageError` for one of another form."""
     path = folder / PERSONA
     if not path.is_file():
         return None
@@ -59,7 +59,7 @@ def read_persona(folder: Path) -> Persona | None:
 
 
 def check_base(adapter: Path, base: Path) -> Persona | None:
-    """The persona of `adapter`; raises `UsageError` when it was trained on other weights than those in `base`."""
+    """The persona of `adapter`; raises `UsageError` if it was trained on other weights than those in `base`."""
     persona = read_persona(adapter)
     if persona is not None and persona.base_fingerprint != fingerprint(base):
         raise UsageError(
@@ -76,7 +76,7 @@ def public_name(name: str) -> str:
 
 
 def kind_of(folder: Path) -> str:
-    """What a path is: `adapter`, `run`, `model`, `checkpoint`, `other` or `missing`."""
+    """The kind of a path: `adapter`, `run`, `model`, `checkpoint`, `other` or `missing`."""
     if not os.path.isdir(folder):  # Path.is_dir() raises for a name longer than a file's may be
         return "missing"
     if (folder / "adapter_config.json").is_file():
@@ -87,10 +87,7 @@ def kind_of(folder: Path) -> str:
 
 
 def adapter_folder(path: Path) -> Path:
-    """The adapter that `path` names: an adapter or checkpoint itself, or the finished adapter of a run.
-
-    Raises `UsageError` that names what `path` is instead.
-    """
+    """The folder of an adapter: `path` itself, or the one in a finished run; raises `UsageError` for other folders."""
     kind = kind_of(path)
     if kind in ("adapter", "checkpoint"):
         if (path / ADAPTER_WEIGHTS).is_file():
@@ -100,36 +97,35 @@ def adapter_folder(path: Path) -> Path:
         if kind_of(path / "adapter") == "adapter":
             return adapter_folder(path / "adapter")
         raise UsageError(f"{path} is a run that has not finished: run finetune.py again to go on.")
-    says = {
+    reasons = {
         "model": "is a whole model, not an adapter",
         "missing": "does not exist",
         "other": "is neither an adapter nor the folder of a run",
     }
     advice = "Train one with finetune.py, or name the folder of a run (outputs/NAME) or an adapter."
-    raise UsageError(f"{path} {says[kind]}. {advice}")
+    raise UsageError(f"{path} {reasons[kind]}. {advice}")
 
 
-def run_settings(target: str | None, given: Path | None, overrides: list[str]) -> Config:
-    """The settings that `target` was trained with, changed by `overrides`; those of `given` or the default where none
-    lie beside it.
+def run_settings(target: str | None, file: Path | None, overrides: list[str]) -> Config:
+    """The settings that `target` was trained with, or those in `file` or the default, changed by `overrides`.
 
-    How it speaks and is exported was not learned: these two sections are those of `given` when a file is given.
+    Generation and export do not change what was learned: these two sections come from `file` if there is one.
     """
     folder = Path(target).expanduser().resolve() if target is not None else None
     run = folder.parent if folder is not None and kind_of(folder) != "run" else folder
     if run is None or kind_of(run) != "run" or not (run / "config.json").is_file():
-        return load_config(given or DEFAULT_CONFIG, overrides)
+        return load_config(file or DEFAULT_CONFIG, overrides)
     saved = load_config(run / "config.json", overrides)
-    if given is None:
+    if file is None:
         return saved
-    chosen = load_config(given, overrides)
+    chosen = load_config(file, overrides)
     return saved.model_copy(update={"generation": chosen.generation, "export": chosen.export})
 
 
 def locate(config: Config, target: str | None, base_only: bool) -> tuple[Path, Path | None]:
-    """The folders of base (or merged) model and adapter that `target` means: a run, an adapter, a merged model, a base.
+    """The folders of the base (or merged) model and of the adapter that `target` names, or else the configured run.
 
-    Without a target it is the adapter of the configured run; with `base_only` the adapter is left out.
+    With `base_only` the adapter is left out.
     """
     path = Path(target if target is not None else config.training.output_dir).expanduser()
     if target is not None and kind_of(path) in ("missing", "model", "other"):
@@ -141,7 +137,7 @@ def locate(config: Config, target: str | None, base_only: bool) -> tuple[Path, P
 
 
 def copy_tokenizer(base: Path, target: Path, chat_template: str) -> None:
-    """The base's tokenizer files byte for byte, and the chat template that was trained."""
+    """Copy the base's tokenizer files byte for byte to `target`, and write the trained chat template there."""
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)
@@ -150,7 +146,7 @@ def copy_tokenizer(base: Path, target: Path, chat_template: str) -> None:
 
 
 def write_adapter(run: Path, source: Path, base: Path, chat_template: str, persona: Persona, model_card: str) -> Path:
-    """`run/adapter` from the checkpoint `source`, weights byte for byte; it appears complete or not at all."""
+    """Write `run/adapter` from the checkpoint `source`, weights byte for byte; it appears complete or not at all."""
     with appearing(run / "adapter") as folder:
         for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
             shutil.copyfile(source / name, folder / name)
@@ -182,7 +178,7 @@ def model_card(persona: Persona, title: str, facts: dict[str, Any], license_note
 
 
 def merged_name(adapter: Path) -> str:
-    """What `adapter` is called once merged: as its run, with the checkpoint's name behind it where it is one."""
+    """The name of the merged model: that of the adapter's run, followed by the checkpoint's if it is one."""
     folder = adapter.resolve()
     if kind_of(folder) == "checkpoint":
         return f"{folder.parent.name}-{folder.name}"

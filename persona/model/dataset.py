@@ -1,4 +1,4 @@
-"""Files of records -> conversations of examples: system prompt, settings mixed in, and what had to be left out."""
+"""Files of records -> conversations of examples: the system prompt, the lore, and what had to be left out."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Conversation = tuple[Example, ...]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rendered conversations with the records they come from, and one line for each record that was left out."""
+    """Rendered conversations, their records, and one line for each record that was left out."""
 
     records: list[Record]
     conversations: list[Conversation]
@@ -50,7 +50,7 @@ def read_system_prompt(text: str | None, option: str) -> str | None:
 
 
 def choose_system_prompt(data: Data, records: Sequence[Record]) -> str | None:
-    """The system prompt of the run: the setting, or the most frequent one in the training file's `records`."""
+    """The system prompt of the run: that of the settings, or the most frequent one in the training `records`."""
     if data.system_prompt is not None:
         return read_system_prompt(data.system_prompt, "data.system_prompt")
     counts = Counter(record.system for record in records if record.system is not None)
@@ -64,7 +64,7 @@ def with_system(record: Record, system: str | None) -> list[Message]:
 
 
 def render_records(records: Sequence[Record], fmt: ChatFormat, system: str | None, max_length: int) -> Dataset:
-    """Every conversation rendered; one that cannot be learned is left out whole, with its reason."""
+    """Every conversation rendered; one that cannot be learned is left out whole, with the reason."""
     kept: list[Record] = []
     conversations: list[Conversation] = []
     left_out: list[str] = []
@@ -82,10 +82,10 @@ def render_records(records: Sequence[Record], fmt: ChatFormat, system: str | Non
 
 @dataclass(frozen=True)
 class Records:
-    """What the data settings name, read but not rendered."""
+    """The records of a run, read but not rendered."""
 
     train: list[Record]
-    """The training conversations, then the settings repeated by their weight."""
+    """The training conversations, then the lore, repeated by its weight."""
     held_out: list[Record]
     system: str | None
     """The run's system prompt."""
@@ -102,9 +102,9 @@ def _text(record: Record) -> str:
 
 
 def read_data(data: Data, seed: int) -> Records:
-    """Read every file that the data settings name; raises `DataError` or `UsageError` with the place."""
+    """The records of every file in the data section; raises `DataError` or `UsageError` with the place."""
     train = read_records(Path(data.train_file))
     held_out = read_records(Path(data.validation_file)) if data.validation_file is not None else []
-    settings = read_records(Path(data.lore_file)) if data.lore_file is not None else []
+    lore = read_records(Path(data.lore_file)) if data.lore_file is not None else []
     system = choose_system_prompt(data, train)
-    return Records([*train, *repeat_weighted(settings, data.lore_weight, seed)], held_out, system)
+    return Records([*train, *repeat_weighted(lore, data.lore_weight, seed)], held_out, system)

@@ -1,26 +1,25 @@
-"""Model folders in Hugging Face form: whether one is complete, where its weights lie, and which weights they are."""
+"""Model folders in Hugging Face form: whether one is complete, where its weights are, and which weights they are."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from persona.errors import UsageError
-from persona.files import AGAIN, read_json
+from persona.files import AGAIN, JsonObject, read_json
 
-_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of large files
+_POINTER = b"version https://git-lfs"  # stands for a large file in a clone without git-lfs
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> JsonObject:
     """The model's config.json in `folder`, or an empty dict."""
     path = folder / "config.json"
     return read_json(path) if path.is_file() else {}
 
 
 def missing_parts(folder: Path) -> list[str]:
-    """What `folder` lacks to be a loadable model: names of files."""
+    """The files that `folder` lacks to be a loadable model."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         missing.append("tokenizer.json")
@@ -30,7 +29,7 @@ def missing_parts(folder: Path) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model: those its index names, or else all but Mistral's second copy."""
+    """The safetensors files of the model: those in its index, or else all but Mistral's second copy."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         places = read_json(index).get("weight_map")
@@ -42,7 +41,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_model_folder(folder: Path) -> Path:
-    """`folder` when it holds a complete 16- or 32-bit model; otherwise `UsageError` says what it is instead."""
+    """`folder`, which holds a complete 16- or 32-bit model; raises `UsageError` that says what it is instead."""
     config = read_config(folder)
     if (folder / "adapter_config.json").is_file():
         raise UsageError(
@@ -59,18 +58,15 @@ def check_model_folder(folder: Path) -> Path:
         )
     missing = missing_parts(folder)
     if missing:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         pickles = any(folder.glob("pytorch_model*.bin"))
         why = " Weights in pytorch_model.bin are pickles, which can run code; use safetensors." if pickles else ""
-        raise UsageError(f"{folder} is not a complete model: {', '.join(missing)} missing; found {found}.{why}")
+        raise UsageError(f"{folder} is not a complete model: {', '.join(missing)} missing; found {names}.{why}")
     return folder
 
 
 def fingerprint(folder: Path) -> str:
-    """A SHA-256 that names the weights in `folder`: names, types, shapes and the first 4 KiB of every tensor.
-
-    The same weights sharded otherwise have the same fingerprint; other weights of the same shape do not.
-    """
+    """A SHA-256 of the weights in `folder`, whatever their shards: names, types, shapes, and 4 KiB of every tensor."""
     digest = hashlib.sha256()
     for name, (path, start, info) in sorted(tensor_index(folder).items()):
         begin, end = info["data_offsets"]
@@ -81,7 +77,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def tensor_index(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
+def tensor_index(folder: Path) -> dict[str, tuple[Path, int, JsonObject]]:
     """Every tensor in the safetensors files of `folder`: its file, where the data section starts, and its header entry.
 
     The header is that of the safetensors format: eight bytes of length, then JSON. Raises `UsageError` for other files.
@@ -98,7 +94,7 @@ def tensor_index(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise `UsageError` when `path` is no whole safetensors file; its header is read, not its tensors."""
+    """Raise `UsageError` if `path` is not a whole safetensors file; reads its header, not its tensors."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_POINTER))

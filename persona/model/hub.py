@@ -1,4 +1,4 @@
-"""Models that are named by a hub id: from the cache, from the hub or its mirror, or a message with the ways out."""
+"""Models of the hub: from the cache, from the hub or its mirror, or a message with the ways out."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ HUB_TIMEOUT_SECONDS = 10.0
 def hub_model(repo_id: str, fallback: str) -> Path:
     """The local snapshot of `repo_id`, cached or downloaded; afterwards the hub is off.
 
-    Raises `EnvironmentFault` with the ways out, one of which is the model named `fallback`.
+    Raises `EnvironmentFault` with the ways out, one of which is the model `fallback`.
     """
     folder = _snapshot(repo_id, fallback)
     constants.HF_HUB_OFFLINE = True  # all that is needed is here now

@@ -1,5 +1,4 @@
-"""Tokenizer, base model in 4 or 16 bits, and adapter: the one border where names of transformers, PEFT and
-bitsandbytes are used."""
+"""Tokenizer, base model in 4 or 16 bits, adapter and shards: the border to transformers, PEFT and bitsandbytes."""
 
 import ctypes
 import difflib
@@ -33,13 +32,13 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Strings on which transformers has loaded a tokenizer otherwise than its own file says (transformers #45488)
+# Texts that transformers has encoded otherwise than the tokenizer's own file says (transformers #45488)
 _PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "don't 3.14 é 你好，世界。", "\ttab (x)")
 
 
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
-    """Turn a device's lack of memory inside into `OutOfMemory` with `advice`."""
+    """Turn a lack of memory inside into `OutOfMemory` with `advice`."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -50,7 +49,7 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 
 def choose_device(setting: str) -> torch.device:
-    """The device for `model.device`; raises `EnvironmentFault` when CUDA is demanded and absent."""
+    """The device for `model.device`; raises `EnvironmentFault` for cuda without a GPU."""
     if setting == "cuda" and not torch.cuda.is_available():
         build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none: a CPU build)'}"
         raise EnvironmentFault(
@@ -73,9 +72,9 @@ def choose_precision(setting: str, device: torch.device) -> str:
 
 
 def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
-    """The tokenizer in `folder` with the chat template that is trained and spoken, dates in it fixed to `day`.
+    """The tokenizer in `folder` with `chat_template` or its own, dates in it fixed to `day`.
 
-    Raises `UsageError` when the folder's tokenizer cannot be loaded exactly.
+    Raises `UsageError` when the tokenizer cannot be loaded exactly.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -101,9 +100,9 @@ def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
 
 
 def trained_format(base: Path, adapter: Path | None, chat_template: str | None = None) -> ChatFormat:
-    """How a model is spoken to: `base`'s tokenizer with the template and date saved with `adapter` or the merged model.
+    """The chat format of a model: `base`'s tokenizer, template and date as saved with `adapter` or the merged model.
 
-    Where nothing was trained, or another tool left no template, it is `chat_template` or the model's own.
+    If nothing was trained, or another tool saved no template, it is `chat_template` or the model's own.
     """
     trained = adapter or base
     persona = read_persona(trained)
@@ -120,37 +119,32 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
     raw = Tokenizer.from_file(str(path))
     for text in _PROBES:
         expected = raw.encode(text, add_special_tokens=False).ids
-        found = tokenizer.encode(text, add_special_tokens=False)
-        if found != expected:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if ids != expected:
             raise UsageError(
-                f"transformers loads the tokenizer in {folder} wrongly: {text!r} becomes {found}, but its own file "
+                f"transformers loads the tokenizer in {folder} wrongly: {text!r} becomes {ids}, but its own file "
                 f"tokenizer.json says {expected}. Training with it would teach garbage."
             )
-
-
-def quantization_config(quantization: Quantization, compute: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' form of our settings; each is given, since its defaults are fp4 without double quantization."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=compute,
-    )
 
 
 def load_base(folder: Path, quantization: Quantization, precision: str, device: torch.device) -> Any:
     """The frozen base model on `device`, in 4 bits or in the run's precision."""
     dtype = DTYPES[precision]
-    options: dict[str, Any] = {"quantization_config": quantization_config(quantization, dtype)}
+    in_4bit = BitsAndBytesConfig(  # each is set, since bitsandbytes' own defaults are fp4 without double quantization
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
     load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     try:
-        model, found = load(
+        model, info = load(
             folder,
             dtype=dtype,
             device_map={"": str(device)},
             trust_remote_code=False,
             output_loading_info=True,
-            **(options if quantization.load_in_4bit else {}),
+            quantization_config=in_4bit if quantization.load_in_4bit else None,
         )
     except ImportError as error:
         raise EnvironmentFault(
@@ -161,7 +155,7 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
         remote = " It needs code of its own to load, which this toolkit never runs." if "remote" in str(error) else ""
         raise UsageError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}.{remote}") from None
     # transformers fills what the files lack with random numbers and only logs it
-    if lacking := sorted(found["missing_keys"]) or sorted(str(key[0]) for key in found["mismatched_keys"]):
+    if lacking := sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"]):
         raise UsageError(
             f"{folder} lacks {len(lacking)} tensors of a {model.config.model_type} model, or has them in other shapes, "
             f"such as {lacking[0]}. Copy or download it again completely."
@@ -184,7 +178,7 @@ def keep_gradients_in_4bit(model: nn.Module) -> None:
 
 
 def linear_names(model: Any) -> list[str]:
-    """The last parts of the names of the model's linear layers, the output layer left out, in order of appearance."""
+    """The last parts of the linear layers' names, without the output layer, in order of appearance."""
     head = model.get_output_embeddings()
     names = {
         name.rpartition(".")[2]: None for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
@@ -195,9 +189,9 @@ def linear_names(model: Any) -> list[str]:
 
 
 def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
-    """`model` with a fresh LoRA adapter in float32, which will say that it was trained on `base_name`.
+    """`model` with a fresh LoRA adapter in float32; raises `UsageError` for a target that no layer has.
 
-    Raises `UsageError` for a target that no layer has.
+    The adapter's files will name `base_name` as its base.
     """
     targets = lora.target_modules
     if targets != "all-linear":
@@ -233,23 +227,17 @@ def load_adapter(model: Any, folder: Path) -> PeftModel:
 
 
 def stop_ids(model: Any, end_id: int, tokenizer: Any) -> list[int]:
-    """Every id that ends a reply: the template's, the tokenizer's and the ones the model names itself."""
+    """Every id that ends a reply: those of the template, the tokenizer and the model."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [end_id, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return sorted({i for i in ids if i is not None})
 
 
-# --- sharding ---------------------------------------------------------------------------------------------------------
-# A base model shared out over the devices: each keeps a part of every layer and gets the rest when it is needed.
-#
-# Only the frozen base is sharded. The adapter, its gradients and its optimizer stay whole in every process, so that the
-# update, the checkpoints and the finished adapter are the same as without.
-
-
 def shard_base(model: Any, device: torch.device, count: int) -> None:
-    """Leave on `device` one of `count` parts of every weight in the layers and the embedding of an adapted `model`.
+    """Leave on `device` one of `count` parts of each frozen weight; each layer gathers the rest when it computes.
 
-    The output layer, and an embedding that is tied to it, stay whole. Raises `UsageError` for an unknown architecture.
+    The output layer, an embedding tied to it, and the adapter stay whole, so that the update and the checkpoints are
+    the same as without. Raises `UsageError` for an unknown architecture.
     """
     base = model.get_base_model()
     layers = max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=_weights, default=None)
@@ -269,12 +257,8 @@ def _weights(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-# How much memory the process has taken, and giving back what it no longer needs.
-
-
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far in GiB: of the device on CUDA, of the whole process on the CPU."""
+    """Largest memory so far in GiB: of the GPU, or of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
@@ -286,10 +270,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def return_free_memory(device: torch.device) -> None:
-    """Give what is free in the heap of the C library back to the system, where that is glibc and `device` the CPU.
+    """Give free memory of glibc's heap back to the system, if `device` is the CPU; on a GPU torch reuses it itself.
 
-    Packs differ in length, so that what one leaves free does not fit the next: the peak of the sample persona's run was
-    3.2 GiB without even packs and this, and is 2.2 with them. On CUDA torch reuses memory itself.
+    Packs differ in length, so that the holes of one do not fit the next: the peak of the sample persona's run was
+    3.2 GiB without even packs and this, and is 2.2 with them.
     """
     if device.type == "cpu" and sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

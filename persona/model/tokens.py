@@ -1,8 +1,8 @@
-"""Text -> ids as the tokenizer gives them, without encoding again what was encoded before.
+"""Text -> ids as the tokenizer gives them, without encoding any piece twice.
 
-A tokenizer looks for its added tokens in a text first and encodes what stands between two of them by itself, so a text
-may be cut in front of such a token: the ids of the pieces in a row are the ids of the text. A character's card, which
-stands in every prompt, is then encoded once.
+A tokenizer first looks for its added tokens in a text and encodes the text between two of them by itself, so a text may
+be cut in front of such a token: the ids of the pieces in a row are the ids of the text. A character card, which is in
+every prompt, is then encoded once.
 """
 
 import re
@@ -12,10 +12,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-# Pieces whose ids are kept, the latest: the card, what the template writes, the turns of the conversation at hand
+# The latest pieces whose ids are kept: the character card, the template's own text, the turns of a conversation
 KEPT = 4096
-# A token with these at its ends takes no part in what its neighbours do to white space (lstrip, rstrip) or ask about
-# words (single_word)
+# A token with these at its ends is not touched by options of its neighbours (lstrip, rstrip, single_word)
 _EDGES = frozenset(string.punctuation) - {"_"}
 
 
@@ -43,7 +42,7 @@ class Encoder:
     def encode_behind(self, context: str, text: str) -> list[int]:
         """The ids of `text` as they are behind `context`, where SentencePiece adds no space of its own.
 
-        Where the two would merge into one token, behind a line break instead, and where that merges too, alone.
+        If the two would merge into one token: behind a line break instead, and if that merges too, alone.
         """
         for before in (context, "\n"):
             head, whole = self.encode(before), self.encode(before + text)
@@ -55,7 +54,7 @@ class Encoder:
         """The text of `ids` as it is behind `context`, where SentencePiece's decoder drops no space."""
         return self._decode([*self.encode(context), *ids]).removeprefix(self._text_of(context))
 
-    # What transformers wraps around the tokenizer proper takes as long as a short text
+    # The layers of transformers around the tokenizer proper take as long as a short text
     def _encode_piece(self, piece: str) -> list[int]:
         if self.tokenizer.is_fast:
             return self.tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids
@@ -76,10 +75,10 @@ def cut_tokens(tokenizer: Any, written: str) -> list[str]:
 
 
 def _always_found(token: Any, added: Sequence[Any]) -> bool:
-    """Whether `token` is found wherever its text stands, and nothing on one side of it changes the other."""
+    """Whether `token` is found wherever its text is, and neither side of it changes the other."""
     text = token.content
     # tokenizers takes the leftmost token, and of those that begin at one place the longest; one that is `normalized` is
-    # looked for only after the others, in what they leave
+    # looked for only after the others, in the text between them
     hidden = any(text[0] in other.content[1:] or (other != token and other.content.startswith(text)) for other in added)
     return not (hidden or token.normalized or token.lstrip or token.single_word) and {text[0], text[-1]} <= _EDGES
 

@@ -1,8 +1,8 @@
-"""Many replies at a time, each the same as if it were generated alone.
+"""Many replies at a time, each the same as if it were generated alone, kept in a file so that a break loses none.
 
 Neither the number of rows nor their order decides a token. Random numbers belong to a prompt and a place in its reply,
-not to a row; and since matrix products of other shapes round otherwise, a choice that rounding could turn is made again
-from a pass over that prompt alone.
+not to a row. Matrix products of other shapes round otherwise, so a choice that rounding could turn is made again from a
+pass over that prompt alone. Prompts that begin alike share the keys and values of their common prefix.
 """
 
 import copy
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,14 +26,14 @@ from persona.model.loading import stop_ids
 from persona.model.render import Message, Untrainable, fit, prompt_room
 from persona.speak.speaker import Speaker
 
-# Choices that are nearer to each other than this, in logits, are made in a pass of their own.
+# Choices whose logits are nearer to each other than this are made in a pass of their own
 MARGIN = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.1}
-LEAST_SHARED = 32  # tokens that prompts must begin with in common before these are computed once for all
+LEAST_SHARED = 32  # tokens of a common prefix, below which it is not worth computing it once for all
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the tokens of a reply are chosen."""
+    """The way the tokens of a reply are chosen."""
 
     max_new_tokens: int
     temperature: float
@@ -55,15 +54,16 @@ class _Row:
     """A reply that is being generated."""
 
     number: int
-    """Of its prompt, among those given."""
+    """The number of its prompt."""
     prompt: Sequence[int]
-    said: list[int]
+    reply: list[int]
     chance: torch.Generator | None
     limit: int
     """Tokens that the reply may have."""
 
 
 Done = Callable[[int, tuple[int, ...], bool], None]
+Progress = Callable[[int, int, float | None], None]
 
 
 def generate(
@@ -77,7 +77,7 @@ def generate(
 ) -> None:
     """Call `done(number of the prompt, ids of its reply, whether it ended by itself)` for each of `prompts`.
 
-    They come in no certain order; the token that ended a reply is not among its ids. With a `margin` of 0 nothing is
+    They come in no certain order; a reply's ids are without the token that ended it. With a `margin` of 0 nothing is
     chosen again, and the result holds for this batch size and these prompts only.
     """
     was_training = model.training
@@ -95,16 +95,16 @@ def generate(
 
 
 def margin_of(model: Any) -> float:
-    """How far apart two choices of `model` must be for rounding not to turn them."""
+    """The difference of two logits of `model` that rounding cannot turn."""
     return MARGIN.get(model.get_input_embeddings().weight.dtype, MARGIN[torch.bfloat16])
 
 
 def families(prompts: Sequence[Sequence[int]], share: bool) -> Iterator[tuple[int, list[int]]]:
-    """Prompts that begin alike: the length of their common beginning, and their numbers, the longest prompts first."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    """Prompts that begin alike: the length of their common prefix, and their numbers, the longest prompts first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        found.setdefault(tuple(prompt[:LEAST_SHARED]) if share else (), []).append(number)
-    for numbers in found.values():
+        groups.setdefault(tuple(prompt[:LEAST_SHARED]) if share else (), []).append(number)
+    for numbers in groups.values():
         numbers.sort(key=lambda number: (-len(prompts[number]), number))
         shared = _common(prompts[numbers[0]], [prompts[number] for number in numbers])
         yield shared if share and shared >= LEAST_SHARED and len(numbers) > 1 else 0, numbers
@@ -118,7 +118,7 @@ def _common(first: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
 
 def _may_share(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) -> bool:
     longest = max(map(len, prompts), default=0) + decoding.max_new_tokens
-    return why_not(model.config, longest) is None  # padding stands between the beginning and the rest
+    return why_not(model.config, longest) is None  # padding goes between the prefix and the rest
 
 
 def _beginning(model: Any, ids: Sequence[int]) -> Any:
@@ -164,9 +164,9 @@ def _reply(
             token = _token(model, row, None if logits is None else logits[place], decoding, margin)
             ended = token in stops
             if not ended:
-                row.said.append(token)
-            if ended or len(row.said) == row.limit:
-                done(row.number, tuple(row.said), ended)
+                row.reply.append(token)
+            if ended or len(row.reply) == row.limit:
+                done(row.number, tuple(row.reply), ended)
             else:
                 going.append(place)
         if len(going) < len(rows):
@@ -174,15 +174,15 @@ def _reply(
             mask = mask[kept]
             if rows and cache is not None:
                 cache.batch_select_indices(kept)
-        ids = torch.tensor([[row.said[-1]] for row in rows], device=device)
-        positions = torch.tensor([[len(row.prompt) + len(row.said) - 1] for row in rows], device=device)
+        ids = torch.tensor([[row.reply[-1]] for row in rows], device=device)
+        positions = torch.tensor([[len(row.prompt) + len(row.reply) - 1] for row in rows], device=device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
 
 
 def _next(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
 ) -> tuple[torch.Tensor | None, Any]:
-    """Logits (rows, vocabulary) behind `ids`, and the cache with them; None where a model keeps no keys and values."""
+    """Logits (rows, vocabulary) behind `ids`, and the longer cache; None for a model without keys and values."""
     if model.config.model_type in STATE:
         return None, None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -192,7 +192,7 @@ def _next(
 
 
 def _token(model: Any, row: _Row, logits: torch.Tensor | None, decoding: Decoding, margin: float) -> int:
-    """The next token of `row`: by `logits` from the batch where rounding cannot turn the choice, else from it alone."""
+    """The next token of `row`: by the batch's `logits` if rounding cannot turn the choice, else from `row` alone."""
     noise = None
     if row.chance is not None:
         # the largest of log p + Gumbel noise is a draw from p (Gumbel-max; arXiv 1411.0030)
@@ -202,7 +202,7 @@ def _token(model: Any, row: _Row, logits: torch.Tensor | None, decoding: Decodin
         token, sure = choose(penalised(logits, row, decoding), noise, decoding, margin)
         if sure:
             return token
-    ids = torch.tensor([[*row.prompt, *row.said]], device=model.device)
+    ids = torch.tensor([[*row.prompt, *row.reply]], device=model.device)
     alone = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
     return choose(penalised(alone, row, decoding), noise, decoding, 0.0)[0]
 
@@ -211,7 +211,7 @@ def penalised(logits: torch.Tensor, row: _Row, decoding: Decoding) -> torch.Tens
     """`logits` (vocabulary) with the tokens of prompt and reply made less likely."""
     if decoding.repetition_penalty == 1:
         return logits
-    seen = torch.tensor([*row.prompt, *row.said], device=logits.device)
+    seen = torch.tensor([*row.prompt, *row.reply], device=logits.device)
     values, by = logits[seen], decoding.repetition_penalty
     return logits.scatter(0, seen, torch.where(values < 0, values * by, values / by))
 
@@ -224,7 +224,7 @@ def choose(logits: torch.Tensor, noise: torch.Tensor | None, decoding: Decoding,
     margin /= decoding.temperature
     likely = (logits / decoding.temperature).log_softmax(-1)
     chances, order = likely.exp().sort(descending=True, stable=True)
-    ahead = chances.cumsum(0) - chances  # what is likelier than each token, together (nucleus, arXiv 1904.09751)
+    ahead = chances.cumsum(0) - chances  # probability of all likelier tokens together (nucleus, arXiv 1904.09751)
     scores = (likely + noise[: len(likely)])[order]
     edge = margin / 4 if decoding.top_p < 1 else 0.0  # a logit off by d moves such a sum by d / 4 at most
     winners, gaps = [], []
@@ -236,16 +236,9 @@ def choose(logits: torch.Tensor, noise: torch.Tensor | None, decoding: Decoding,
     return winners[0], margin == 0 or (len(set(winners)) == 1 and min(gaps) > margin)
 
 
-# --- replies ----------------------------------------------------------------------------------------------------------
-# Replies to a list of prompts, for evaluation: in batches, resumable, the same whatever the batch size and order.
-
-
-Progress = Callable[[int, int, float | None], None]
-
-
 @dataclass(frozen=True)
 class Reply:
-    """What the model said to one prompt."""
+    """The reply to one prompt."""
 
     text: str
     ids: tuple[int, ...]
@@ -258,9 +251,9 @@ class ReplyFile:
     """Finished replies in a JSONL file, each under the hash of all that it depends on."""
 
     def __init__(self, path: Path, model: str) -> None:
-        """Continue `path`; `model` tells the weights apart, such as by fingerprints of base and adapter.
+        """Continue `path`; `model` names the weights, for example by fingerprints of base and adapter.
 
-        A last line that was cut off is dropped; raises `DataError` for any other that is none of ours.
+        A last line that was cut off is dropped; raises `DataError` for any other line that is not a reply.
         """
         self._model = model
         self._replies: dict[str, Reply] = {}
@@ -277,24 +270,21 @@ class ReplyFile:
                 self._replies[entry["key"]] = reply
             except (ValueError, TypeError, KeyError):
                 self._file.close()
-                found = excerpt(line.decode("utf-8", errors="replace"), 60)
+                text = excerpt(line.decode("utf-8", errors="replace"), 60)
                 raise DataError(
-                    f"{path}:{number}: not a finished reply, found {found!r}. Delete the file to generate all replies "
-                    "again."
+                    f"{path}:{number}: not a finished reply: {text!r}. Delete the file to generate all replies again."
                 ) from None
 
     def __enter__(self) -> "ReplyFile":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def key(self, prompt: Sequence[int], decoding: Decoding, adapter: bool, precision: str) -> str:
         """The hash of all that a reply depends on."""
-        settings = json.dumps([list(prompt), asdict(decoding), self._model, adapter, precision])
-        return hashlib.sha256(settings.encode()).hexdigest()
+        parts = json.dumps([list(prompt), asdict(decoding), self._model, adapter, precision])
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def get(self, key: str) -> Reply | None:
         """The finished reply under `key`."""
@@ -319,9 +309,8 @@ def reply_to_all(
 ) -> list[Reply]:
     """The reply to each of `prompts`, in their order; equal prompts get equal replies.
 
-    `adapter` False switches it off. What lies in `finished` is not generated again. `progress` is told how many are
-    done, of how many, and the seconds that are left once that can be said. Raises `DataError` for a prompt that is too
-    long.
+    `adapter` False switches it off. Replies in `finished` are not generated again. `progress` gets the numbers of done
+    and of all replies, and the seconds left when they are known. Raises `DataError` for a prompt that is too long.
     """
     asked = _prompt_ids(speaker, prompts)
     different = list(dict.fromkeys(asked))  # no prompt twice

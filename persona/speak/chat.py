@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from persona.config import Config
 from persona.console import safe
 from persona.errors import PersonaError
 from persona.model.dataset import read_system_prompt
+from persona.model.loading import enough_memory
 from persona.model.render import Message
-from persona.speak.speaker import Speaker
+from persona.speak.speaker import Speaker, load_speaker
 
 HELP = """\
 /reset         forget the conversation so far
 /base          switch the adapter off, or on again
-/system TEXT   another system prompt (TEXT or @FILE); alone: show it
+/system TEXT   set the system prompt to TEXT, or to the text in @FILE; alone: show it
 /save FILE     write the conversation as a line of JSON, ready for training
 /help          this list
 /quit          leave"""
@@ -22,7 +24,7 @@ HELP = """\
 
 @dataclass
 class Conversation:
-    """What was said, under one system prompt, by the tuned model or by the base."""
+    """The turns so far, under one system prompt, with the tuned model or with the base."""
 
     speaker: Speaker
     system: str | None
@@ -46,6 +48,27 @@ def start(speaker: Speaker, system: str | None) -> Conversation:
     """A conversation under `system`, or under the system prompt the model was trained with."""
     trained = speaker.persona.system_prompt if speaker.persona is not None else None
     return Conversation(speaker, read_system_prompt(system, "--system") if system is not None else trained)
+
+
+def talk(
+    config: Config,
+    folders: tuple[Path, Path | None],
+    merged_in_4bit: bool | None,
+    system: str | None,
+    prompt: str | None,
+) -> None:
+    """Load a model, and reply to `prompt` once, or chat if it is None.
+
+    `folders` are those of base and adapter, held as in training; `merged_in_4bit`, if set, is for a merged model.
+    """
+    base, adapter = folders
+    in_4bit = config.quantization.load_in_4bit if adapter is not None or merged_in_4bit is None else merged_in_4bit
+    with enough_memory("Lower data.max_length, or take a smaller model; --load-in-4bit holds a merged one in 4 bits."):
+        speaker = load_speaker(config, base, adapter, in_4bit)
+        if prompt is not None:
+            answer_once(speaker, system, prompt)
+        else:
+            chat(speaker, system)
 
 
 def answer_once(speaker: Speaker, system: str | None, prompt: str) -> None:
@@ -72,7 +95,7 @@ def chat(speaker: Speaker, system: str | None) -> None:
 
 
 def _typed(label: str) -> Iterable[str]:
-    """Lines that a person types, without the empty ones, until end of input; Ctrl-C at the prompt leaves too."""
+    """The typed lines, without empty ones, until end of input or Ctrl-C at the prompt."""
     while True:
         try:
             line = input(label).strip()
@@ -89,8 +112,7 @@ def _write(text: str) -> None:
 
 def run_command(conversation: Conversation, line: str) -> bool:
     """Carry out a line that begins with a slash; returns False when the chat is to end."""
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
+    name, _, argument = (part.strip() for part in line.partition(" "))
     if name == "/quit":
         return False
     if name == "/help":
@@ -106,7 +128,7 @@ def run_command(conversation: Conversation, line: str) -> bool:
         _save(conversation, argument)
     else:
         print(
-            f"There is no command {safe(name)}. /help lists them; to say a line that begins with /, put a space first."
+            f"There is no command {safe(name)}; /help lists them. To say a line that begins with /, put a space first."
         )
     print()
     return True
@@ -117,11 +139,8 @@ def _switch_adapter(conversation: Conversation) -> None:
         print("There is no adapter to switch: this model was loaded without one.")
         return
     conversation.adapter = not conversation.adapter
-    print(
-        "The adapter is on: you hear the tuned model."
-        if conversation.adapter
-        else "The adapter is off: you hear the base."
-    )
+    heard = ("off: you hear the base", "on: you hear the tuned model")[conversation.adapter]
+    print(f"The adapter is {heard}.")
 
 
 def _set_system(conversation: Conversation, argument: str) -> None:
@@ -147,14 +166,14 @@ def _save(conversation: Conversation, argument: str) -> None:
     if not answered:
         print("There is nothing to save: no exchange has a reply.")
         return
-    said = replace(conversation, turns=[message for pair in answered for message in pair])
-    record = {"messages": said.messages, "meta": {"source": "chat", "type": "dialogue"}}
+    saved = replace(conversation, turns=[message for pair in answered for message in pair])
+    record = {"messages": saved.messages, "meta": {"source": "chat", "type": "dialogue"}}
     try:
         with path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         print(f"{path} cannot be written: {error.strerror}")
         return
-    saved = "1 exchange" if len(answered) == 1 else f"{len(answered)} exchanges"
+    count = "1 exchange" if len(answered) == 1 else f"{len(answered)} exchanges"
     left_out = f"; {len(pairs) - len(answered)} without a reply were left out" if len(answered) < len(pairs) else ""
-    print(f"Saved {saved} to {path}{left_out}.")
+    print(f"Saved {count} to {path}{left_out}.")

@@ -1,4 +1,4 @@
-"""Messages in, reply out: the tuned model speaking, with the prompts it was trained on."""
+"""Messages in, reply out: a loaded model with the prompts it was trained on."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from persona.model.render import ChatFormat, Message, fit, prompt_room
 
 
 class _Streamer(BaseStreamer):
-    """Hands over the text of new tokens as soon as it is certain, whole characters only."""
+    """Writes the text of new tokens as soon as it is certain, whole characters only."""
 
     def __init__(self, speaker: "Speaker", write: Callable[[str], None]) -> None:
         self.speaker, self.write = speaker, write
@@ -69,9 +69,9 @@ class Speaker:
         return text_of(ids, self.fmt)
 
     def reply(self, messages: Sequence[Message], write: Callable[[str], None], adapter: bool = True) -> str:
-        """Say what comes after `messages`, handing each piece of text to `write`; Ctrl-C ends the reply where it is.
+        """The reply to `messages`, piece by piece also to `write`; Ctrl-C ends it.
 
-        Raises `Untrainable` when system prompt and last message alone are too long.
+        Raises `Untrainable` if the system prompt and the last message alone are too long.
         """
         prompt, _ = fit(messages, self.fmt, prompt_room(self.max_length))
         streamer = _Streamer(self, write)
@@ -84,17 +84,17 @@ class Speaker:
         return self.text_of(streamer.ids)
 
     def _generate(self, prompt: Sequence[int], streamer: _Streamer) -> None:
-        settings = self.generation
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        how = self.generation
+        sampling = {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0} if how.temperature > 0 else {}
         stops = stop_ids(self.model, self.fmt.end_id, self.fmt.tokenizer)
         config = GenerationConfig(
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.temperature > 0,
-            repetition_penalty=settings.repetition_penalty,
+            max_new_tokens=how.max_new_tokens,
+            do_sample=how.temperature > 0,
+            repetition_penalty=how.repetition_penalty,
             eos_token_id=stops,
             pad_token_id=stops[0],
             use_cache=True,
-            **(sampling if settings.temperature > 0 else {}),
+            **sampling,
         )
         ids = torch.tensor([prompt], device=self.model.device)
         self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer)

@@ -1,20 +1,20 @@
-"""Checkpoints that are complete or absent, and the way back from them.
+"""Checkpoints that are complete or absent, the way back from them, and stopping without losing work.
 
-Everything is written into a staging folder whose name does not begin with `checkpoint-`, flushed to the disk,
-COMPLETE.json with the size and SHA-256 of every file last, and then the folder is renamed. Tensors are safetensors and
-the rest is JSON: there is no pickle, so a checkpoint of somebody else cannot run code.
+A checkpoint is written aside and renamed, COMPLETE.json with the size and SHA-256 of every file last, so that one that
+a crash cut short is never taken for a whole one. Tensors are safetensors and the rest is JSON: there is no pickle, so a
+checkpoint of somebody else cannot run code.
 """
 
-import json
 import os
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from persona.errors import EnvironmentFault, UsageError
-from persona.files import ADAPTER_WEIGHTS, MARKER, fault_in, publish, write_json
+from persona.files import ADAPTER_WEIGHTS, MARKER, JsonObject, appearing, fault_in, read_json, write_json
 
 _RANDOM = "random.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -45,32 +45,9 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     history_bytes: int = 0
-    """Length of metrics.jsonl; what a crash wrote after it is cut off on resume."""
+    """Length of metrics.jsonl; the lines that a crash left behind it are cut off on resume."""
     sample_bytes: int = 0
-    """The same of samples.jsonl."""
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT's form."""
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS)
-    config: Any = model.peft_config["default"]
-    values = config.to_dict() | {"inference_mode": True}
-    values["target_modules"] = sorted(config.target_modules)  # a set, whose order changes from run to run
-    write_json(folder / "adapter_config.json", values)
-
-
-def load_weights(model: PeftModel, folder: Path) -> None:
-    """Put the adapter weights of `folder` into `model`'s own adapter."""
-    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """The state of this process's random numbers."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    """Length of samples.jsonl."""
 
 
 def save_checkpoint(
@@ -81,39 +58,25 @@ def save_checkpoint(
     scaler: Any,
     random: Sequence[dict[str, torch.Tensor]],
     progress: Progress,
-) -> Path:
+) -> None:
     """Write `checkpoint-<step>` in `run`, or nothing of it: `EnvironmentFault` when the disk is full.
 
     `random` is the `random_state` of every process.
     """
-    folder = run / f"checkpoint-{progress.step}"
-    staging = run / f".staging-{progress.step}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    states = {_of_process(name, rank): state for rank, own in enumerate(random) for name, state in own.items()}
+    scaling = scaler.state_dict() if scaler is not None else None
+    state = {"progress": asdict(progress), "scheduler": scheduler.state_dict(), "scaler": scaling}
     try:
-        save_adapter(model, staging)
-        _save_optimizer(optimizer, staging)
-        states = {_of_process(name, rank): state for rank, own in enumerate(random) for name, state in own.items()}
-        save_file(states, staging / _RANDOM)
-        scaling = scaler.state_dict() if scaler is not None else None
-        write_json(
-            staging / "progress.json",
-            {"progress": asdict(progress), "scheduler": scheduler.state_dict(), "scaler": scaling},
-        )
-        publish(staging, folder, marked=True)
+        with appearing(run / f"checkpoint-{progress.step}", marked=True) as folder:
+            _save_adapter(model, folder)
+            _save_optimizer(optimizer, folder)
+            save_file(states, folder / _RANDOM)
+            write_json(folder / "progress.json", state)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise EnvironmentFault(
             f"The checkpoint of step {progress.step} could not be written to {run}: {error}. "
             "Earlier checkpoints are untouched; make space and run the same command again to continue."
         ) from None
-    return folder
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of `run`, oldest first, complete or not."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -138,23 +101,40 @@ def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of `run`, oldest first, complete or not."""
+    numbered = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def prune(run: Path, best_step: int | None) -> None:
+    """Delete all checkpoints but the best and the two newest, of which one may break."""
+    for folder in checkpoints(run)[:-2]:
+        if folder.name != f"checkpoint-{best_step}":
+            shutil.rmtree(folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """The progress of the run when the checkpoint in `folder` was written."""
+    values = _state(folder)["progress"]
+    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Progress)}:
+        raise UsageError(f'{folder / "progress.json"}: "progress" has other keys than are written. {_advice(folder)}')
+    return Progress(**values)
+
+
 def processes_of(folder: Path) -> int:
     """How many processes trained when the checkpoint in `folder` was written."""
     return sum(name.partition(".")[0] == "cpu" for name in load_file(folder / _RANDOM))
 
 
-def _of_process(name: str, rank: int) -> str:
-    return f"{name}.{rank}" if rank else name
-
-
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, scaler: Any, rank: int) -> Progress:
+def load_checkpoint(folder: Path, model: PeftModel, optimizer: Any, scheduler: Any, scaler: Any, rank: int) -> None:
     """Put weights, optimizer, schedule and the random state of process `rank` back as when `folder` was written.
 
     A process that did not exist then keeps its random state.
     """
     load_weights(model, folder)
     _load_optimizer(optimizer, folder)
-    state = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    state = _state(folder)
     scheduler.load_state_dict(state["scheduler"])
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
@@ -163,14 +143,45 @@ def load_checkpoint(folder: Path, model: PeftModel, optimizer: Any, scheduler: A
         torch.set_rng_state(cpu)
     if (cuda := random.get(_of_process("cuda", rank))) is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
-    return Progress(**state["progress"])
 
 
-def prune(run: Path, best_step: int | None, keep: int = 2) -> None:
-    """Delete all but the `keep` newest checkpoints and the best; never fewer than two stay, since one may break."""
-    for folder in checkpoints(run)[:-keep]:
-        if folder.name != f"checkpoint-{best_step}":
-            shutil.rmtree(folder)
+def load_weights(model: PeftModel, folder: Path) -> None:
+    """Put the adapter weights of `folder` into `model`'s own adapter."""
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of this process's random numbers."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _of_process(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
+
+
+def _state(folder: Path) -> JsonObject:
+    path = folder / "progress.json"
+    state = read_json(path, _advice(folder))
+    if missing := {"progress", "scheduler", "scaler"} - state.keys():
+        raise UsageError(f"{path}: {', '.join(sorted(missing))} missing. {_advice(folder)}")
+    return state
+
+
+def _advice(folder: Path) -> str:
+    return f"Delete {folder} to continue from the checkpoint before it, or start over with --resume never."
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter in PEFT's form."""
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS)
+    config: Any = model.peft_config["default"]
+    values = config.to_dict() | {"inference_mode": True}
+    values["target_modules"] = sorted(config.target_modules)  # a set, whose order changes from run to run
+    write_json(folder / "adapter_config.json", values)
 
 
 def _save_optimizer(optimizer: Any, folder: Path) -> None:
@@ -191,7 +202,7 @@ def _flat(state: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _load_optimizer(optimizer: Any, folder: Path) -> None:
-    stored = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    stored = read_json(folder / "optimizer.json", _advice(folder))
     nested: dict[str, Any] = {}
     for key, value in [*load_file(folder / "optimizer.safetensors").items(), *stored["scalars"].items()]:
         *path, name = key.split("/")
@@ -203,39 +214,38 @@ def _load_optimizer(optimizer: Any, folder: Path) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
-# Stopping a run from outside without losing work: the first signal asks, the second insists.
-
-
+@dataclass
 class StopRequest:
-    """While entered, remembers the first SIGINT, SIGTERM, SIGHUP or SIGBREAK; a second one ends the program at once."""
+    """Whether the run was asked to stop."""
 
-    def __init__(self, speaks: bool) -> None:
-        """With `speaks`, a line on standard error says that the signal was heard."""
-        self._speaks = speaks
-        self.number: int | None = None
-        """The signal that asked to stop, or None."""
-        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last but one is POSIX only, the last Windows only
-        known = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        # nohup ignores SIGHUP so that the run outlives its terminal
-        self._watched = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous: dict[int, object] = {}
+    number: int | None = None
+    """The signal that asked, or None."""
 
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._previous = {number: signal.signal(number, self._remember) for number in self._watched}
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+@contextmanager
+def stop_requests(speaks: bool) -> Iterator[StopRequest]:
+    """Remember the first SIGINT, SIGTERM, SIGHUP or SIGBREAK inside; a second one ends the program at once.
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+    With `speaks`, a line on standard error says that the signal was heard.
+    """
+    request = StopRequest()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if request.number is not None:
             raise KeyboardInterrupt
-        self.number = number
+        request.number = number
         # written past Python's buffers, which the signal may have interrupted
-        if self._speaks:
+        if speaks:
             os.write(2, b"\nStopping after this update ... (again to stop at once, without saving)\n")
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # SIGHUP is on POSIX only, SIGBREAK on Windows only
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # nohup ignores SIGHUP so that the run outlives its terminal
+    watched = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+    is_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+    previous = {number: signal.signal(number, remember) for number in watched} if is_main else {}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

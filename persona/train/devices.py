@@ -1,7 +1,8 @@
-"""Several processes that train one model: which one this is, and what they tell each other.
+"""Several processes that train one model: how they start, what they exchange, and how they end together.
 
-They meet whenever numbers are exchanged, and at every meeting they first say whether one of them has failed, so that a
-fault in one ends all of them, with one message and one exit code, and none waits for ever.
+`accelerate launch` and `torchrun` start the same script once for each device and say in environment variables which
+process is which. The processes meet whenever they exchange numbers, and at each meeting they first say whether one of
+them has failed. So a fault in one ends all of them, with one message and one exit code, and none waits for ever.
 """
 
 import os
@@ -15,10 +16,18 @@ from typing import Any, TypeVar
 from persona.errors import EnvironmentFault, PersonaError, UsageError
 
 T = TypeVar("T")
+# The first process may download a model while the others wait; a process that dies is noticed at once all the same.
+PATIENCE = timedelta(days=1)
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+    "FSDP_OFFLOAD_PARAMS": "FSDP's offloading to the CPU",
+}
 
 
 class EndedTogether(PersonaError):
-    """A fault of one process that all of them have been told."""
+    """A fault of one process that all of them know."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -27,7 +36,7 @@ class EndedTogether(PersonaError):
 
 @dataclass(eq=False)
 class Devices:
-    """This process among those of the run. Every method but the properties is a meeting: all processes must call it."""
+    """This process among those of the run. Its methods are meetings: all processes must call them."""
 
     rank: int
     """Number of this process, from 0; process 0 writes, prints and holds the run's folder."""
@@ -36,9 +45,9 @@ class Devices:
     local_rank: int
     """Number of this process on its machine, and of its GPU."""
     sharded: bool = False
-    """Whether the base model is shared out, so that no process can compute without the others."""
+    """Whether each process holds a part of the base model, so that none can compute without the others."""
     in_passes: bool = False
-    """Whether this process is in the middle of such passes, where the others cannot be told of a fault."""
+    """Whether this process is in the middle of passes with a sharded base, when it cannot tell of a fault."""
 
     @property
     def main(self) -> bool:
@@ -53,12 +62,8 @@ class Devices:
         """The sum of every process's `value`, in double precision."""
         if self.count == 1:
             return value
-        import torch
-
         self.largest(0)
-        number = torch.tensor(value, dtype=torch.float64)
-        _exchange(lambda: torch.distributed.all_reduce(number))
-        return number.item()
+        return _reduced("SUM", value)[0]
 
     def gather(self, value: T) -> list[T]:
         """The `value` of every process, in their order."""
@@ -78,23 +83,20 @@ class Devices:
         return result[0]  # pyright: ignore[reportReturnType]
 
     def same(self, value: str, setting: str) -> str:
-        """`value`, which `setting` means on this device; raises `UsageError` when it means others elsewhere."""
-        found = self.gather(value)
-        if len(set(found)) > 1:
-            raise UsageError(f"{setting} auto means something else on each device ({', '.join(found)}); set it.")
+        """`value`, the meaning of `setting` here; raises `UsageError` when another process has another one."""
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            raise UsageError(f"{setting} auto means something else on each device ({', '.join(values)}); set it.")
         return value
 
     def first_on_each_machine(self, work: Callable[[], T]) -> T:
-        """`work` done by one process of each machine and then by the others, who find on the disk what it made."""
+        """The result of `work`, done by one process of each machine and then by the others, who find its files."""
         result = work() if self.local_rank == 0 else None
         self.largest(0)
         return work() if self.local_rank else result  # pyright: ignore[reportReturnType]
 
     def passes(self, groups: Sequence[Sequence[T]], spare: Sequence[T]) -> Iterator[tuple[Sequence[T], float]]:
-        """Each of `groups` with the weight 1.0.
-
-        With a sharded base all processes take equally many passes: one with fewer groups takes `spare` with weight 0.0.
-        """
+        """Each of `groups` with weight 1.0; with a sharded base also `spare` with 0.0, until all have equally many."""
         if not self.sharded:
             yield from ((group, 1.0) for group in groups)
             return
@@ -119,26 +121,26 @@ class Devices:
             weight.grad = part.view_as(weight)
         return loss[0]
 
-    def take_card(self, device: Any) -> None:
+    def take_gpu(self, device: Any) -> None:
         """Make this process's GPU the current one; raises `UsageError` when there are more processes than GPUs."""
         import torch
 
         if self.count == 1 or device.type != "cuda":
             return
-        cards = torch.cuda.device_count()
-        if self.local_rank >= cards:
-            raise UsageError(f"More processes than GPUs ({cards}) on one machine; start one for each GPU.")
+        gpus = torch.cuda.device_count()
+        if self.local_rank >= gpus:
+            raise UsageError(f"More processes than GPUs ({gpus}) on one machine; start one for each GPU.")
         torch.cuda.set_device(self.local_rank)
 
     def own_random_numbers(self, seed: int) -> None:
-        """Let every process but the main one, which is like a single one, draw random numbers of its own."""
+        """Let every process but the main one draw random numbers of its own; the main one draws as if alone."""
         if self.rank:
             import torch
 
             torch.manual_seed(seed + self.rank)
 
     def tell(self, error: Exception) -> None:
-        """End all processes with `error`; raises `EndedTogether`, or `error` itself where it is a bug."""
+        """End all processes with `error`; raises `EndedTogether`, or `error` itself if it is a bug."""
         known = isinstance(error, PersonaError)
         message = str(error) if known else f"a fault of the program, see above: {type(error).__name__}: {error}"
         try:
@@ -151,19 +153,13 @@ class Devices:
     def _meet(self, value: float, fault: tuple[str, int] | None) -> float:
         if self.count == 1:
             return value
-        import torch
-
-        said = torch.tensor([float(fault is not None), value], dtype=torch.float64)
-        _exchange(lambda: torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX))
-        if said[0]:
-            self._end_together(fault)
-        return said[1].item()
-
-    def _end_together(self, fault: tuple[str, int] | None) -> None:
-        faults = self._gathered(fault)
-        rank, (message, code) = next((rank, fault) for rank, fault in enumerate(faults) if fault is not None)
-        where = f"In process {rank} of {self.count}: " if rank else ""
-        raise EndedTogether(where + message, code)
+        failed, largest = _reduced("MAX", float(fault is not None), value)
+        if failed:
+            faults = enumerate(self._gathered(fault))
+            rank, (message, code) = next((rank, fault) for rank, fault in faults if fault is not None)
+            where = f"In process {rank} of {self.count}: " if rank else ""
+            raise EndedTogether(where + message, code)
+        return largest
 
     def _gathered(self, value: T) -> list[T]:
         import torch
@@ -177,57 +173,40 @@ ALONE = Devices(0, 1, 0)
 
 
 class Unreachable(EnvironmentFault):
-    """The other processes cannot be told anything any more."""
+    """The other processes do not answer any more."""
+
+    def __init__(self, error: Exception) -> None:
+        reason = (str(error).splitlines() or [""])[0]
+        super().__init__(
+            f"Another process of this run has ended, or cannot be reached ({reason}). Run the same command again to "
+            "continue after the last checkpoint."
+        )
+
+
+def _reduced(operation: str, *values: float) -> list[float]:
+    """The SUM or MAX over all processes of each of `values`, in double precision."""
+    import torch
+
+    numbers = torch.tensor(values, dtype=torch.float64)
+    _exchange(lambda: torch.distributed.all_reduce(numbers, getattr(torch.distributed.ReduceOp, operation)))
+    return numbers.tolist()
 
 
 def _exchange(work: Callable[[], Any]) -> None:
     try:
         work()
     except RuntimeError as error:
-        raise unreachable(error) from None
-
-
-def unreachable(error: Exception) -> Unreachable:
-    """What the failed exchange `error` means for a person."""
-    reason = (str(error).splitlines() or [""])[0]
-    return Unreachable(
-        f"Another process of this run has ended, or cannot be reached ({reason}). Run the same command again to "
-        "continue after the last checkpoint."
-    )
-
-
-# --- launch -----------------------------------------------------------------------------------------------------------
-# How `accelerate launch` and `torchrun` start the processes of a run, and how these end: together.
-#
-# Both start the same script once for every device and say in environment variables which process is which.
-
-
-# The first process may download a model while the others wait; a process that dies is noticed at once all the same.
-PATIENCE = timedelta(days=1)
-REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
-    "FSDP_OFFLOAD_PARAMS": "FSDP's offloading to the CPU",
-}
-
-
-def _lost(error: Exception) -> Exception:
-    """`error` itself, or that another process has ended where that is what it comes from."""
-    import torch
-
-    gone = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-    return unreachable(error) if gone else error
+        raise Unreachable(error) from None
 
 
 @contextmanager
 def joined() -> Iterator[Devices]:
     """This process among those that `accelerate launch` or `torchrun` started; alone without them.
 
-    What is raised inside is raised in all processes; only the first one on each machine says it, the others just exit.
+    An error that is raised inside is raised in all processes; the first one on each machine prints it.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    # taken out, so that accelerate and transformers, which would wrap and load the model their way, do not see it
+    # taken out, since accelerate and transformers would wrap and load the model their own way
     sharded = _is_on(os.environ.pop("ACCELERATE_USE_FSDP", ""))
     if count == 1:
         _refuse_unsupported()
@@ -252,13 +231,15 @@ def joined() -> Iterator[Devices]:
     finally:
         # The launcher terminates what is left once the first process has ended with an error: let each end by itself.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _leave()
+        import torch
+
+        torch.distributed.destroy_process_group()  # gloo's threads abort a process that ends without
 
 
 def build_accelerator(precision: str, device: Any, devices: Devices) -> Any:
     """accelerate's mixed precision and, for fp16, scaling of the loss, on the device that was chosen.
 
-    Raises `UsageError` when the processes were started for another device, or by something else than we know.
+    Raises `UsageError` when the processes were started for another device, or by an unknown launcher.
     """
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin
@@ -266,7 +247,7 @@ def build_accelerator(precision: str, device: Any, devices: Devices) -> Any:
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=device.type == "cpu",
-        # given, so that accelerate's configuration file cannot divide the loss
+        # set here, so that accelerate's configuration file cannot divide the loss
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if accelerator.num_processes != devices.count:
@@ -276,7 +257,7 @@ def build_accelerator(precision: str, device: Any, devices: Devices) -> Any:
         )
     if accelerator.device.type != device.type:
         raise UsageError(
-            f"accelerate was told to use {accelerator.device.type}, but model.device means {device.type} here; start "
+            f"accelerate uses {accelerator.device.type}, but model.device means {device.type} here; start "
             f'it with --set model.device="{accelerator.device.type}".'
         )
     return accelerator
@@ -295,19 +276,21 @@ def _refuse_unsupported() -> None:
             )
 
 
-def _leave() -> None:
-    import torch
-
-    torch.distributed.destroy_process_group()  # gloo's threads abort a process that ends without
-
-
 def _join(count: int, sharded: bool) -> Devices:
     from persona.model.sources import prepare_libraries
 
     prepare_libraries(offline=False)  # before torch is imported
     import torch
 
-    # objects and single numbers travel over gloo, and so do gradients on the CPU; those on CUDA cards over NCCL
+    # objects and single numbers travel over gloo, and so do gradients on the CPU; those on GPUs over NCCL
     nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
     return Devices(torch.distributed.get_rank(), count, int(os.environ["LOCAL_RANK"]), sharded)
+
+
+def _lost(error: Exception) -> Exception:
+    """`Unreachable` if `error` comes from the end of another process, else `error` itself."""
+    import torch
+
+    gone = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return Unreachable(error) if gone else error

@@ -1,11 +1,18 @@
-"""A run's history as it is written: metrics, samples and TensorBoard, cut back to the checkpoint on resume."""
+"""A run's history as it is written: metrics.jsonl, samples.jsonl, and the same for TensorBoard.
+
+The files only grow, and a checkpoint notes their lengths. After a crash they may hold lines of updates that the last
+checkpoint does not know. On resume they are cut back to the noted lengths and those updates are made again, so that
+every update has one line. The samples are the replies to a few held-out prompts, the same at each evaluation, so that a
+person hears the voice change. They are greedy and in one batch: no random number is drawn, and training goes on as if
+nobody had asked.
+"""
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -16,25 +23,20 @@ from persona.model.render import ChatFormat
 from persona.speak.batches import generate, greedy
 from persona.speak.speaker import text_of
 
+SAMPLE_TOKENS = 48  # enough to hear a voice; each token costs the run as much as the next
 
-class _Lines:
-    """A JSONL file that grows, and is first cut back to what is kept of it."""
 
-    def __init__(self, path: Path, kept_bytes: int) -> None:
-        self._file = path.open("a+b")
-        self._file.truncate(min(kept_bytes, self._file.seek(0, 2)))
-        self._file.seek(0, 2)
+@dataclass(frozen=True)
+class Sample:
+    """The answer to one held-out prompt."""
 
-    def write(self, value: dict[str, Any]) -> None:
-        self._file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
-        self._file.flush()
-
-    @property
-    def size(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
+    input: str
+    """The last message of the prompt."""
+    predict: str
+    target: str
+    """The author's reply."""
+    ended: bool
+    """Whether the model ended the reply by itself."""
 
 
 class MetricsWriter:
@@ -42,39 +44,33 @@ class MetricsWriter:
 
     def __init__(self, run: Path, logs: Path, kept_bytes: int, kept_sample_bytes: int, step: int) -> None:
         """Continue after so many bytes of metrics.jsonl and of samples.jsonl, written up to update `step`."""
-        run.mkdir(parents=True, exist_ok=True)
-        self._metrics = _Lines(run / "metrics.jsonl", kept_bytes)
-        self._samples = _Lines(run / "samples.jsonl", kept_sample_bytes)
+        self._metrics = _cut_back(run / "metrics.jsonl", kept_bytes)
+        self._samples = _cut_back(run / "samples.jsonl", kept_sample_bytes)
         # TensorBoard hides events from purge_step on: updates that a crash lost, or those of an earlier run
         self._board = SummaryWriter(str(logs), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, epoch: float, values: dict[str, float]) -> None:
         """One line of metrics after update `step`."""
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._metrics.write({"step": step, "epoch": round(epoch, 4)} | finite)
+        _write_line(self._metrics, {"step": step, "epoch": round(epoch, 4)} | finite)
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
         self._board.flush()
 
-    def write_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
-        """What the model replied after update `step`: one line for each of `samples`."""
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """One line for each of `samples`, taken after update `step`."""
         for number, sample in enumerate(samples, 1):
-            self._samples.write({"step": step} | sample)
-            said = {"asked": sample["input"], "says": sample["predict"], "author": sample["target"]}
+            _write_line(self._samples, {"step": step} | asdict(sample))
+            texts = {"asked": sample.input, "says": sample.predict, "author": sample.target}
             # TensorBoard reads Markdown; in a block of code it shows text as it is
-            lines = [line for name, text in said.items() for line in f"{name}: {text}".splitlines()]
+            lines = [line for name, text in texts.items() for line in f"{name}: {text}".splitlines()]
             self._board.add_text(f"samples/{number}", "\n".join(f"    {line}" for line in lines), step)
         self._board.flush()
 
     @property
-    def size(self) -> int:
-        """Bytes of metrics.jsonl so far."""
-        return self._metrics.size
-
-    @property
-    def sample_size(self) -> int:
-        """Bytes of samples.jsonl so far."""
-        return self._samples.size
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of metrics.jsonl and of samples.jsonl so far."""
+        return self._metrics.tell(), self._samples.tell()
 
     def close(self) -> None:
         """Close all files."""
@@ -83,63 +79,59 @@ class MetricsWriter:
         self._board.close()
 
 
+def _cut_back(path: Path, kept_bytes: int) -> BinaryIO:
+    """The file, open at its end, after everything behind its first `kept_bytes` is cut off."""
+    file = path.open("a+b")
+    file.truncate(min(kept_bytes, file.seek(0, 2)))
+    file.seek(0, 2)
+    return file
+
+
+def _write_line(file: BinaryIO, value: Mapping[str, object]) -> None:
+    file.write(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
+    file.flush()
+
+
 def perplexity(loss: float) -> float:
-    """exp of a mean negative log-likelihood in nats; infinite where a float cannot hold it."""
+    """exp of a mean negative log-likelihood in nats; infinite if a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-# --- samples ----------------------------------------------------------------------------------------------------------
-# Samples during training: the same few held-out prompts, answered again at every evaluation.
-#
-# They are always answered greedily, in one batch, so that no random number is drawn and the training is not touched.
-
-
-SAMPLE_TOKENS = 48  # enough to hear a voice; each token costs the run as much as the next
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A few held-out prompts, with what the author replied."""
+    """A few held-out prompts, the same at each evaluation."""
 
     fmt: ChatFormat
-    prompts: Sequence[Sequence[int]]
-    asked: Sequence[str]
-    """The last message of each prompt."""
-    targets: Sequence[str]
-    """What the author replied to each."""
+    exchanges: Sequence[tuple[tuple[int, ...], str, str]]
+    """The ids of each prompt, its last message, and the author's reply."""
     max_new_tokens: int
 
-    def answer(self, model: Any) -> list[dict[str, Any]]:
-        """What `model` replies now: `input`, `predict`, `target`, and `ended`, whether it ended by itself."""
+    def answer(self, model: Any) -> list[Sample]:
+        """The replies of `model` now."""
         replies: dict[int, tuple[str, bool]] = {}
 
         def done(number: int, ids: tuple[int, ...], ended: bool) -> None:
             replies[number] = text_of(ids, self.fmt), ended
 
+        prompts = [ids for ids, _, _ in self.exchanges]
         stops = stop_ids(model, self.fmt.end_id, self.fmt.tokenizer)
         with unpacked(model):
-            generate(model, self.prompts, stops, greedy(self.max_new_tokens), len(self.prompts), 0.0, done)
+            generate(model, prompts, stops, greedy(self.max_new_tokens), len(prompts), 0.0, done)
+        exchanges = enumerate(self.exchanges)
         return [
-            {"input": asked, "predict": replies[number][0], "target": target, "ended": replies[number][1]}
-            for number, (asked, target) in enumerate(zip(self.asked, self.targets, strict=True))
+            Sample(asked, replies[number][0], target, replies[number][1]) for number, (_, asked, target) in exchanges
         ]
 
 
 def choose_samples(held_out: Dataset, fmt: ChatFormat, count: int, max_new_tokens: int) -> Sampler | None:
-    """`count` replies, evenly spread over the held-out ones; None where there is nothing to ask."""
-    found = [
-        (example.prompt_ids, turns[place - 1]["content"], turns[place]["content"])
+    """`count` prompts, evenly spread over the held-out replies; None if there is nothing to ask."""
+    exchanges = [
+        (example.prompt_ids, asked, target)
         for record, conversation in zip(held_out.records, held_out.conversations, strict=True)
-        for turns in [record.turns]
-        for example, place in zip(conversation, _replies(turns), strict=True)
+        for example, asked, target in zip(conversation, record.prompts, record.replies, strict=True)
     ]
-    number = min(count, len(found))
+    number = min(count, len(exchanges))
     if not number:
         return None
-    chosen = [found[place * len(found) // number] for place in range(number)]
-    prompts, asked, targets = zip(*chosen, strict=True)
-    return Sampler(fmt, prompts, asked, targets, min(max_new_tokens, SAMPLE_TOKENS))
-
-
-def _replies(turns: Sequence[dict[str, str]]) -> list[int]:
-    return [place for place, message in enumerate(turns) if message["role"] == "assistant"]
+    chosen = [exchanges[place * len(exchanges) // number] for place in range(number)]
+    return Sampler(fmt, chosen, min(max_new_tokens, SAMPLE_TOKENS))

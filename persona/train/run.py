@@ -1,8 +1,7 @@
-"""One training run from settings to a finished folder: prepare, say what will happen, train or continue, and sum up."""
+"""One training run from settings to a finished folder: prepare, print the plan, train or continue, and sum up."""
 
-import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -16,7 +15,7 @@ from persona.config import Config, dump_config
 from persona.console import dim, duration, excerpt, green, safe, table
 from persona.engine.trial import keep_rows, prepare_layout
 from persona.errors import UsageError
-from persona.files import write_json, write_text
+from persona.files import JsonObject, write_json, write_text
 from persona.model.adapters import Persona, model_card, write_adapter
 from persona.model.dataset import Dataset, Records, read_data, render_records, with_system
 from persona.model.folders import read_config
@@ -30,15 +29,24 @@ from persona.model.loading import (
     peak_memory_gib,
     shard_base,
 )
-from persona.model.render import ChatFormat, Message, chat_format
+from persona.model.render import ChatFormat, chat_format
 from persona.model.sources import resolve_model
 from persona.model.tokens import decode
 from persona.speak.speaker import Speaker
-from persona.train.checkpoints import Progress, latest_checkpoint, load_weights
+from persona.train.checkpoints import Progress, latest_checkpoint, load_weights, read_progress
 from persona.train.devices import ALONE, Devices, build_accelerator
 from persona.train.history import read_history
-from persona.train.loop import Trainer, best_checkpoint, choose_optimizer, run_training, stopped_early
-from persona.train.metrics import MetricsWriter, Sampler, choose_samples, perplexity
+from persona.train.loop import (
+    Observer,
+    Trainer,
+    best_checkpoint,
+    choose_optimizer,
+    log_update,
+    run_training,
+    stopped_early,
+    trained_weights,
+)
+from persona.train.metrics import MetricsWriter, choose_samples, perplexity
 from persona.train.run_folder import (
     check_same,
     identity_of,
@@ -49,73 +57,6 @@ from persona.train.run_folder import (
     set_aside,
 )
 from persona.train.verdict import as_text, of_training
-
-# --- overview ---------------------------------------------------------------------------------------------------------
-# What a run says of itself: the arithmetic before it begins, and the figures at its end.
-
-
-def arithmetic(
-    config: Config,
-    train: Dataset,
-    held_out: Dataset,
-    notes: Sequence[str],
-    trainer: Trainer,
-    precision: str,
-    unshared: str | None,
-) -> str:
-    """What the run will do, as a table, and what a person should know before; `unshared` says why it takes rows."""
-    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    share = train.supervised / train.tokens
-    bits = f"4 bits ({config.quantization.bnb_4bit_quant_type})" if config.quantization.load_in_4bit else "16 bits"
-    if not config.quantization.load_in_4bit and precision == "fp32":
-        bits = "32 bits"
-    per_update = train.supervised / trainer.per_epoch
-    rows = [
-        ("base model", f"{config.model.name_or_path} in {bits}"),
-        ("device", f"{_device(trainer)} in {precision}, {torch.get_num_threads()} threads"),
-        ("training", f"{len(train.conversations)} conversations, {len(train.examples)} examples (one a reply)"),
-        ("tokens", f"{train.tokens:,}, of which {train.supervised:,} ({share:.0%}) are learned: replies, end tokens"),
-        ("computed", _layout(unshared)),
-        ("held out", f"{len(held_out.examples)} examples, {held_out.supervised:,} measured tokens"),
-        ("updates", f"{trainer.per_epoch} an epoch of {config.training.train_batch_size} conversations, "
-         f"about {per_update:.0f} learned tokens each; {trainer.total} in all"),
-        ("adapter", f"r={config.lora.r} on {len(set(_adapted(trainer.model)))} kinds of layers, {trainable:,} weights"),
-        ("optimizer", f"{choose_optimizer(config.training.optim, trainer.device)}, "
-         f"{config.training.lr_scheduler_type}, peak {config.training.learning_rate:g}"),
-        ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
-    ]  # fmt: skip
-    return "\n".join([table(rows), *(f"  note: {note}" for note in notes)])
-
-
-def _device(trainer: Trainer) -> str:
-    count = trainer.devices.count
-    kind = f"{trainer.device.type} sharing out the base" if trainer.devices.sharded else trainer.device.type
-    return str(trainer.device) if count == 1 else f"{count} of {kind}"
-
-
-def _layout(unshared: str | None) -> str:
-    if unshared is not None:
-        return f"one example a row: {unshared}"
-    return "shared beginnings once a pack: the card, and earlier turns where the template leaves them alone"
-
-
-def _adapted(model: Any) -> list[str]:
-    return sorted(model.peft_config["default"].target_modules)
-
-
-def summary(trainer: Trainer, best: Path, precision: str) -> dict[str, str]:
-    """What came of the run, by name."""
-    progress = trainer.progress
-    facts = {"best": f"update {best.name.removeprefix('checkpoint-')} of {trainer.total}"}
-    if progress.base_loss is not None and progress.best_loss is not None:
-        base, tuned = perplexity(progress.base_loss), perplexity(progress.best_loss)
-        facts["held-out loss"] = f"{progress.base_loss:.4f} base, {progress.best_loss:.4f} tuned"
-        facts["held-out perplexity"] = f"{base:.2f} base, {tuned:.2f} tuned ({tuned / base:.0%})"
-    facts["time"] = f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
-    peak = max(trainer.peak_memory_gib, peak_memory_gib(trainer.device))
-    facts["peak memory"] = f"{peak:.1f} GiB ({_device(trainer)}, {precision})"
-    return facts
-
 
 MEMORY_ADVICE = (
     "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
@@ -137,6 +78,84 @@ class Material:
     day: date
 
 
+def finetune(
+    config: Config,
+    resume: bool,
+    report: Callable[[str], None],
+    devices: Devices = ALONE,
+    observers: Sequence[Observer] = (),
+) -> Path:
+    """Train, or continue, the run that `config` describes; returns the finished adapter's folder.
+
+    All processes of `devices` call it; the main one alone reports and writes. `observers` are called after each update.
+    """
+    run = devices.on_main(lambda: open_run(Path(config.training.output_dir)))
+    try:
+        lock = FileLock(run / ".lock", timeout=0) if devices.main else nullcontext()
+        with lock, enough_memory(MEMORY_ADVICE):
+            if not resume and devices.main:
+                set_aside(run, report)
+            return _finetune(config, run, report if devices.main else lambda _: None, devices, observers)
+    except Timeout:
+        raise UsageError(
+            f"Another process is training in {run} right now; wait for it or choose another folder."
+        ) from None
+
+
+def _finetune(
+    config: Config, run: Path, report: Callable[[str], None], devices: Devices, observers: Sequence[Observer]
+) -> Path:
+    earlier, (checkpoint, passed_over) = devices.on_main(lambda: (read_identity(run), latest_checkpoint(run)))
+    day = date.fromisoformat(earlier["date"]) if earlier and checkpoint else date.today()
+    material = prepare(config, day)
+    device = choose_device(config.model.device)
+    devices.take_gpu(device)
+    precision = devices.same(choose_precision(config.training.precision, device), "training.precision")
+    optimizer = choose_optimizer(config.training.optim, device)
+    resolved = {"device": device.type, "precision": precision, "optimizer": optimizer}
+    identity = identity_of(config, material.base, material.system, day, resolved)
+    progress = Progress()
+    if checkpoint is not None:  # before the first one there is nothing that could be continued wrongly
+        check_same(run, earlier, identity)
+        if earlier and earlier.get("summary") and (run / "adapter").is_dir():
+            report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n\n{next_commands(run)}")
+            return run / "adapter"
+        progress = read_progress(checkpoint)
+    accelerator = build_accelerator(precision, device, devices)
+    report(f"Loading {config.model.name_or_path} ...")
+    model = _load_model(material, identity["base"]["name"], precision, accelerator, devices)
+    unshared = _agreed_layout(model, material, accelerator, devices)
+    devices.own_random_numbers(config.seed)
+    samples = config.evaluation.sample_prompts if devices.main and not devices.sharded else 0
+    kept = progress.history_bytes, progress.sample_bytes, progress.step
+    with closing(MetricsWriter(run, log_folder(run), *kept)) if devices.main else nullcontext() as metrics:
+        trainer = Trainer(
+            run=run,
+            model=model,
+            train=material.train.conversations,
+            held_out=material.held_out.conversations,
+            share=unshared is None,
+            training=config.training,
+            evaluation=config.evaluation,
+            seed=config.seed,
+            accelerator=accelerator,
+            metrics=metrics,
+            report=report,
+            progress=progress,
+            observers=(log_update, *observers),
+            sampler=choose_samples(material.held_out, material.fmt, samples, config.generation.max_new_tokens),
+            devices=devices,
+        )
+        if devices.main:
+            write_text(run / "config.json", dump_config(config))
+            write_json(run / "run.json", identity)
+        report(_plan(material, trainer, precision, unshared))
+        for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
+            report(line)
+        run_training(trainer)
+    return devices.on_main(lambda: _finish(material, trainer, identity, precision, report))
+
+
 def prepare(config: Config, day: date) -> Material:
     """Read and render the data with the model's tokenizer; raises the errors a user can cause."""
     data, limit = read_data(config.data, config.seed), config.data.max_length
@@ -151,7 +170,7 @@ def prepare(config: Config, day: date) -> Material:
 
 
 def _notes(data: Records, fmt: ChatFormat, train: Dataset, held_out: Dataset) -> list[str]:
-    """What a person should know about template and data before training."""
+    """Sentences about the template and the data that a person should know before training."""
     injected = "without a system prompt"
     notes = [note for note in fmt.notes if data.system is None or injected not in note]
     if data.shared:
@@ -168,12 +187,6 @@ def _notes(data: Records, fmt: ChatFormat, train: Dataset, held_out: Dataset) ->
     return notes
 
 
-def _question(material: Material) -> list[Message]:
-    """The first held-out conversation up to its first reply: what the tuned model is asked at the end."""
-    messages = with_system((material.held_out.records or material.train.records)[0], material.system)
-    return messages[: next(i for i, message in enumerate(messages) if message["role"] == "assistant")]
-
-
 def show_examples(material: Material, count: int, colour: bool) -> str:
     """`count` rendered examples as text: context grey, supervised text green, each with its numbers of tokens."""
     blocks = []
@@ -187,109 +200,22 @@ def show_examples(material: Material, count: int, colour: bool) -> str:
     return "\n".join(blocks)
 
 
-def finetune(config: Config, resume: bool, report: Callable[[str], None], devices: Devices = ALONE) -> Path:
-    """Train, or continue, the run that `config` describes; returns the finished adapter's folder.
-
-    All processes of `devices` call it; the main one alone reports and writes.
-    """
-    run = devices.on_main(lambda: open_run(Path(config.training.output_dir)))
-    try:
-        lock = FileLock(run / ".lock", timeout=0) if devices.main else nullcontext()
-        with lock, enough_memory(MEMORY_ADVICE):
-            if not resume and devices.main:
-                set_aside(run, report)
-            return _finetune(config, run, report if devices.main else lambda _: None, devices)
-    except Timeout:
-        raise UsageError(
-            f"Another process is training in {run} right now; wait for it or choose another folder."
-        ) from None
-
-
-def _finetune(config: Config, run: Path, report: Callable[[str], None], devices: Devices) -> Path:
-    earlier, (checkpoint, passed_over) = devices.on_main(lambda: (read_identity(run), latest_checkpoint(run)))
-    day = date.fromisoformat(earlier["date"]) if earlier and checkpoint else date.today()
-    material = prepare(config, day)
-    device = choose_device(config.model.device)
-    devices.take_card(device)
-    precision = devices.same(choose_precision(config.training.precision, device), "training.precision")
-    optimizer = choose_optimizer(config.training.optim, device)
-    current = identity_of(
-        config,
-        material.base,
-        material.system,
-        day,
-        {"device": device.type, "precision": precision, "optimizer": optimizer},
-    )
-    if checkpoint is not None:  # before the first one there is nothing that could be continued wrongly
-        check_same(run, earlier, current)
-        if earlier and earlier.get("summary") and (run / "adapter").is_dir():
-            report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n\n{next_commands(run)}")
-            return run / "adapter"
-    accelerator = build_accelerator(precision, device, devices)
-    report(f"Loading {config.model.name_or_path} ...")
-    trainer, unshared = _trainer(
-        material, run, accelerator, precision, checkpoint, current["base"]["name"], report, devices
-    )
-    try:
-        if devices.main:
-            write_text(run / "config.json", dump_config(config))
-            write_json(run / "run.json", current)
-        report(arithmetic(config, material.train, material.held_out, material.notes, trainer, precision, unshared))
-        if devices.sharded and config.evaluation.sample_prompts and material.held_out.records:
-            report("  note: no samples during training: no process can speak with its part of the base alone")
-        for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
-            report(line)
-        run_training(trainer)
-    finally:
-        if trainer.metrics is not None:
-            trainer.metrics.close()
-    return devices.on_main(lambda: _finish(material, trainer, current, precision, report))
-
-
-def _trainer(
-    material: Material,
-    run: Path,
-    accelerator: Accelerator,
-    precision: str,
-    checkpoint: Path | None,
-    base_name: str,
-    report: Callable[[str], None],
-    devices: Devices,
-) -> tuple[Trainer, str | None]:
-    """The trainer, and why it gives each example a row of its own, if it does."""
+def _load_model(material: Material, base_name: str, precision: str, accelerator: Accelerator, devices: Devices) -> Any:
+    """The base model with a fresh adapter, on its device or sharded over all of them."""
     config = material.config
-    # a base that is shared out may be larger than one device
+    # a base that is sharded may be larger than one device
     place = torch.device("cpu") if devices.sharded else accelerator.device
     base = load_base(material.base, config.quantization, precision, place)
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = add_adapter(base, config.lora, config.seed, base_name)
-    start = _start_of(checkpoint)
     if devices.sharded:
         shard_base(model, accelerator.device, devices.count)
-    unshared = _agreed_layout(model, material, accelerator, devices)
-    devices.own_random_numbers(config.seed)
-    trainer = Trainer(
-        run=run,
-        model=model,
-        train=material.train.conversations,
-        held_out=material.held_out.conversations,
-        share=unshared is None,
-        training=config.training,
-        evaluation=config.evaluation,
-        seed=config.seed,
-        accelerator=accelerator,
-        metrics=_writer(run, start) if devices.main else None,
-        report=report,
-        progress=Progress(),
-        sampler=_sampler(material) if devices.main and not devices.sharded else None,
-        devices=devices,
-    )
-    return trainer, unshared
+    return model
 
 
 def _agreed_layout(model: Any, material: Material, accelerator: Accelerator, devices: Devices) -> str | None:
-    """Why the run gives each example a row of its own, if it does; the same in all processes."""
+    """The reason why each example gets a row of its own, or None; the same in all processes."""
     config = material.config
     longest = max(config.training.max_tokens_per_pack, config.evaluation.max_tokens_per_pack)
     devices.in_passes = devices.sharded  # a sharded base computes only when all processes do
@@ -301,62 +227,93 @@ def _agreed_layout(model: Any, material: Material, accelerator: Accelerator, dev
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _writer(run: Path, start: Progress) -> MetricsWriter:
-    return MetricsWriter(run, log_folder(run), start.history_bytes, start.sample_bytes, start.step)
+def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | None) -> str:
+    """The run in figures before it begins, as a table, and notes; `unshared` says why examples are in rows, if so."""
+    config, train, held_out = material.config, material.train, material.held_out
+    trained = sum(weight.numel() for weight in trained_weights(trainer.model))
+    lora: Any = trainer.model.peft_config["default"]
+    bits = "32 bits" if precision == "fp32" else "16 bits"
+    if config.quantization.load_in_4bit:
+        bits = f"4 bits ({config.quantization.bnb_4bit_quant_type})"
+    layout = "shared prefixes once a pack: the system prompt, and earlier turns if the template does not rewrite them"
+    rows = [
+        ("base model", f"{config.model.name_or_path} in {bits}"),
+        ("device", f"{_device(trainer)} in {precision}, {torch.get_num_threads()} threads"),
+        ("training", f"{len(train.conversations)} conversations, {len(train.examples)} examples (one a reply)"),
+        ("tokens", f"{train.tokens:,}, of which {train.supervised:,} ({train.supervised / train.tokens:.0%}) are "
+         "learned: replies, end tokens"),
+        ("computed", layout if unshared is None else f"one example a row: {unshared}"),
+        ("held out", f"{len(held_out.examples)} examples, {held_out.supervised:,} measured tokens"),
+        ("updates", f"{trainer.per_epoch} an epoch of {config.training.train_batch_size} conversations, "
+         f"about {train.supervised / trainer.per_epoch:.0f} learned tokens each; {trainer.total} in all"),
+        ("adapter", f"r={config.lora.r} on {len(lora.target_modules)} kinds of layers, {trained:,} weights"),
+        ("optimizer", f"{choose_optimizer(config.training.optim, trainer.device)}, "
+         f"{config.training.lr_scheduler_type}, peak {config.training.learning_rate:g}"),
+        ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
+    ]  # fmt: skip
+    notes = list(material.notes)
+    if trainer.devices.sharded and config.evaluation.sample_prompts and held_out.records:
+        notes.append("no samples during training: no process can speak with its part of the base alone")
+    return "\n".join([table(rows), *(f"  note: {note}" for note in notes)])
 
 
-def _sampler(material: Material) -> Sampler | None:
-    count, limit = material.config.evaluation.sample_prompts, material.config.generation.max_new_tokens
-    return choose_samples(material.held_out, material.fmt, count, limit)
-
-
-def _start_of(checkpoint: Path | None) -> Progress:
-    if checkpoint is None:
-        return Progress()
-    return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))["progress"])
+def _device(trainer: Trainer) -> str:
+    count = trainer.devices.count
+    kind = f"{trainer.device.type} sharing out the base" if trainer.devices.sharded else trainer.device.type
+    return str(trainer.device) if count == 1 else f"{count} of {kind}"
 
 
 def _finish(
-    material: Material, trainer: Trainer, identity: dict[str, Any], precision: str, report: Callable[[str], None]
+    material: Material, trainer: Trainer, identity: JsonObject, precision: str, report: Callable[[str], None]
 ) -> Path:
-    """Keep the best adapter, sum up, let it speak once, and say what comes next."""
-    run = trainer.run
+    """Keep the best adapter, sum up, let it speak once, and list the next commands."""
+    run, train, held_out = trainer.run, material.train, material.held_out
     checkpoint = best_checkpoint(trainer)
     load_weights(trainer.model, checkpoint)
-    facts = summary(trainer, checkpoint, precision)
+    facts = _summary(trainer, checkpoint, precision)
+    counts = (
+        f"{len(train.conversations)} conversations with {len(train.examples)} replies ({train.supervised} tokens) "
+        f"learned, {len(held_out.conversations)} held out"
+    )
     base, day = identity["base"], material.day.isoformat()
     persona = Persona(base["name"], base["fingerprint"], material.system, day)
     note = "The base model's licence applies to this adapter too; read it before you publish."
-    counts = {"data": _counts(material)}
-    text = model_card(persona, run.name, counts | facts, note)
+    text = model_card(persona, run.name, {"data": counts} | facts, note)
     adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, persona, text)
-    findings = of_training(read_history(run), material.held_out.supervised, trainer.per_epoch)
-    said = [asdict(finding) for finding in findings]
-    write_json(run / "run.json", identity | {"counts": counts, "summary": facts, "verdict": said})
+    findings = of_training(read_history(run), held_out.supervised, trainer.per_epoch)
+    verdict = [asdict(finding) for finding in findings]
+    write_json(run / "run.json", identity | {"counts": {"data": counts}, "summary": facts, "verdict": verdict})
     report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
-    question = _question(material)
     if not trainer.devices.sharded:  # this process alone cannot compute with its part of the model
-        said = safe(_speak_once(material, trainer, persona, question))
-        report(f"\n  asked: {safe(question[-1]['content'])}\n  says:  {said}\n")
+        report(_spoken_once(material, trainer, persona))
     report(f"Verdict:\n{as_text(findings)}\n")
     report(next_commands(run))
     return adapter
 
 
-def _counts(material: Material) -> str:
-    """How much was learned from, for a model card: numbers alone."""
-    train, held_out = material.train, material.held_out
-    return (
-        f"{len(train.conversations)} conversations with {len(train.examples)} replies ({train.supervised} tokens) "
-        f"learned, {len(held_out.conversations)} held out"
-    )
+def _summary(trainer: Trainer, best: Path, precision: str) -> dict[str, str]:
+    """The results of the run, by name."""
+    progress = trainer.progress
+    facts = {"best": f"update {best.name.removeprefix('checkpoint-')} of {trainer.total}"}
+    if progress.base_loss is not None and progress.best_loss is not None:
+        base, tuned = perplexity(progress.base_loss), perplexity(progress.best_loss)
+        facts["held-out loss"] = f"{progress.base_loss:.4f} base, {progress.best_loss:.4f} tuned"
+        facts["held-out perplexity"] = f"{base:.2f} base, {tuned:.2f} tuned ({tuned / base:.0%})"
+    facts["time"] = f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
+    peak = max(trainer.peak_memory_gib, peak_memory_gib(trainer.device))
+    facts["peak memory"] = f"{peak:.1f} GiB ({_device(trainer)}, {precision})"
+    return facts
 
 
-def _speak_once(material: Material, trainer: Trainer, persona: Persona, question: list[Message]) -> str:
+def _spoken_once(material: Material, trainer: Trainer, persona: Persona) -> str:
+    """The tuned model's reply to the first held-out question, and that question."""
+    messages = with_system((material.held_out.records or material.train.records)[0], material.system)
+    question = messages[: next(i for i, message in enumerate(messages) if message["role"] == "assistant")]
     config = material.config
     torch.manual_seed(config.seed)
     trainer.model.eval()
     speaker = Speaker(trainer.model, material.fmt, config.generation, config.data.max_length, persona, "adapter")
     with trainer.accelerator.autocast():
-        return speaker.reply(question, lambda _: None)
+        reply = speaker.reply(question, lambda _: None)
+    return f"\n  asked: {safe(question[-1]['content'])}\n  says:  {safe(reply)}\n"

@@ -1,4 +1,8 @@
-"""The folder of a run: opened, set aside for a new one, and named in the commands that come next."""
+"""The folder of a run: opened, set aside for a new run, and continued only by the same run.
+
+run.json says what a run is: its settings, the hashes of its data, its base model and its system prompt. Only a run that
+agrees in all that is learned may continue from the checkpoints beside it.
+"""
 
 import json
 import os
@@ -9,82 +13,15 @@ from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from persona.config import Config
 from persona.console import table
 from persona.errors import UsageError
-from persona.files import file_sha256
+from persona.files import JsonObject, file_sha256, read_json
 from persona.model.adapters import TOKENIZER_FILES, public_name
 from persona.model.folders import fingerprint
 
-
-def open_run(run: Path) -> Path:
-    """`run`, created when it is not there; raises `UsageError` when it cannot be the folder of a run."""
-    if run.resolve().name == "" or run.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UsageError(f"training.output_dir: {run} holds the current folder; name one of its own, as outputs/NAME.")
-    for folder in (run, log_folder(run)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"The folder {folder} cannot be made: {error}. Change training.output_dir.") from None
-    return run
-
-
-def log_folder(run: Path) -> Path:
-    """Where TensorBoard's files of `run` go: logs/ and what follows outputs/ in its path, or its last part."""
-    parts = run.parts
-    below = parts[1:] if len(parts) > 1 and parts[0] == "outputs" else (run.resolve().name,)
-    return Path("logs", *below)
-
-
-def set_aside(run: Path, report: Callable[[str], None]) -> None:
-    """Move what an earlier run left in `run` to a folder beside it, so that a new one starts from nothing.
-
-    Raises `UsageError` when the folder holds something else.
-    """
-    left = [path for path in run.iterdir() if path.name != ".lock"]
-    if not left:
-        return
-    if not (run / "run.json").is_file() and not any(run.glob("checkpoint-*")):
-        names = ", ".join(sorted(path.name for path in left)[:5])
-        raise UsageError(f"{run} holds no run of ours but {names}; it is left alone. Change training.output_dir.")
-    number = next(n for n in range(1, 10_000) if not run.with_name(f"{run.name}.{n}").exists())
-    target = run.with_name(f"{run.name}.{number}")
-    target.mkdir()
-    for path in left:
-        path.rename(target / path.name)
-    logs = log_folder(run)
-    if any(logs.iterdir()):
-        shutil.move(logs, logs.with_name(f"{logs.name}.{number}"))
-    report(f"The earlier run was set aside as {target}.")
-
-
-def quoted(path: Path) -> str:
-    """`path` as it has to be typed in a command."""
-    name = path.as_posix()
-    if os.name != "nt":
-        return shlex.quote(name)
-    return f'"{name}"' if " " in name else name
-
-
-def next_commands(run: Path) -> str:
-    """What to type after a run, ready to copy."""
-    name = quoted(run)
-    commands = [
-        ("talk to it", f"python test_model.py {name}"),
-        ("see how it learned", f"python plot_loss.py {name}"),
-        ("does it sound right?", f"python evaluate_model.py report {name}"),
-        ("make one model of it", f"python merge_lora_to_fp16.py {name}"),
-    ]
-    return "Next:\n" + table(commands)
-
-
-# --- identity ---------------------------------------------------------------------------------------------------------
-# What a run is, so that only the same run is continued: settings, data, base model, system prompt.
-
-
-# Settings that may differ when a run is continued: they change what is written or used afterwards, not what is learned.
+# Settings that may differ when a run is continued: they change what is written or used afterwards, not what is learned
 FREE_SETTINGS = (
     "training.max_tokens_per_pack",
     "training.gradient_checkpointing",
@@ -96,30 +33,71 @@ FREE_SETTINGS = (
 )
 FREE_SECTIONS = ("generation", "export")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+_START_OVER = "Start over with --resume never, which sets the earlier run aside"
 
 
-def read_identity(run: Path) -> dict[str, Any] | None:
-    """The identity that an earlier start left in `run`, or None; raises `UsageError` when it is damaged."""
+def open_run(run: Path) -> Path:
+    """`run`, created if it is missing; raises `UsageError` when it cannot be the folder of a run."""
+    if run.resolve().name == "" or run.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UsageError(f"training.output_dir: {run} holds the current folder; name one of its own, as outputs/NAME.")
+    for folder in (run, log_folder(run)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"The folder {folder} cannot be made: {error}. Change training.output_dir.") from None
+    return run
+
+
+def log_folder(run: Path) -> Path:
+    """The folder of TensorBoard's files: logs/, then the path of `run` below outputs/, or its last part."""
+    parts = run.parts
+    below = parts[1:] if len(parts) > 1 and parts[0] == "outputs" else (run.resolve().name,)
+    return Path("logs", *below)
+
+
+def set_aside(run: Path, report: Callable[[str], None]) -> None:
+    """Move the files of an earlier run to a folder beside `run`; raises `UsageError` when it holds other files."""
+    left = [path for path in run.iterdir() if path.name != ".lock"]
+    if not left:
+        return
+    if not (run / "run.json").is_file() and not any(run.glob("checkpoint-*")):
+        names = ", ".join(sorted(path.name for path in left)[:5])
+        raise UsageError(
+            f"{run} holds other files than a run's ({names}); it is left alone. Change training.output_dir."
+        )
+    number = next(n for n in range(1, 10_000) if not run.with_name(f"{run.name}.{n}").exists())
+    target = run.with_name(f"{run.name}.{number}")
+    target.mkdir()
+    for path in left:
+        path.rename(target / path.name)
+    logs = log_folder(run)
+    if any(logs.iterdir()):
+        shutil.move(logs, logs.with_name(f"{logs.name}.{number}"))
+    report(f"The earlier run was set aside as {target}.")
+
+
+def read_identity(run: Path) -> JsonObject | None:
+    """The identity that an earlier start wrote to run.json, or None; raises `UsageError` when it cannot be read."""
     path = run / "run.json"
     if not path.is_file():
         return None
+    identity = read_json(path, f"{_START_OVER}.")
+    objects = ("settings", "base", "data_sha256")
     try:
-        identity = json.loads(path.read_text(encoding="utf-8"))
-        if {"date", "settings", "base", "data_sha256"} <= identity.keys():
+        date.fromisoformat(identity["date"])
+        if "fingerprint" in identity["base"] and all(isinstance(identity[name], dict) for name in objects):
             return identity
-    except (ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError):
         pass
-    raise UsageError(f"{path} is damaged. Start over with --resume never, which sets the earlier run aside.")
+    raise UsageError(f"{path}: expected a date and the objects {', '.join(objects)}. {_START_OVER}.")
 
 
-def identity_of(config: Config, base: Path, system: str | None, day: date, resolved: dict[str, str]) -> dict[str, Any]:
-    """What must be the same when a run is continued, and the versions it was made with.
+def identity_of(config: Config, base: Path, system: str | None, day: date, resolved: dict[str, str]) -> JsonObject:
+    """Everything that must be the same when a run is continued, and the versions it was made with.
 
-    `resolved` is what `auto` means here: device, precision and optimizer.
+    `resolved` says what `auto` means here: device, precision and optimizer.
     """
-    learned = {
-        name: dict(values) if isinstance(values, dict) else values for name, values in config.model_dump().items()
-    }
+    learned = config.model_dump()
     for section in FREE_SECTIONS:
         del learned[section]
     for setting in FREE_SETTINGS:
@@ -143,29 +121,24 @@ def identity_of(config: Config, base: Path, system: str | None, day: date, resol
     }
 
 
-def check_same(run: Path, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raise `UsageError` listing what differs from the run whose checkpoints lie in `run`."""
+def check_same(run: Path, before: JsonObject | None, now: JsonObject) -> None:
+    """Raise `UsageError` that lists the differences from the run whose checkpoints are in `run`."""
     if before is None:
         raise UsageError(
-            f"{run} holds checkpoints but no run.json that says what they belong to. Choose another "
-            "training.output_dir, or start over with --resume never, which sets them aside."
+            f"{run} holds checkpoints but no run.json that says which run they belong to. {_START_OVER}, or choose "
+            "another training.output_dir."
         )
+    was, wanted = ({**_by_name(one["settings"]), **one.get("resolved", {})} for one in (before, now))
     differences = [
-        f"{name}: was {before.get('resolved', {}).get(name)}, is {value}"
-        for name, value in now["resolved"].items()
-        if before.get("resolved", {}).get(name) != value
+        f"{name}: was {json.dumps(was.get(name))}, is {json.dumps(value)}"
+        for name, value in wanted.items()
+        if was.get(name) != value
     ]
     if before.get("tokenizer_sha256") != now["tokenizer_sha256"]:
         differences.append("the base model's tokenizer or chat template")
-    for section, values in now["settings"].items():
-        old = before["settings"].get(section)
-        pairs = [(section, old, values)]
-        if isinstance(values, dict):
-            pairs = [(f"{section}.{key}", (old or {}).get(key), value) for key, value in values.items()]
-        differences += [f"{name}: was {json.dumps(a)}, is {json.dumps(b)}" for name, a, b in pairs if a != b]
     if before["base"]["fingerprint"] != now["base"]["fingerprint"]:
         differences.append("the base model's weights")
-    if before["system_prompt"] != now["system_prompt"]:
+    if before.get("system_prompt") != now["system_prompt"]:
         differences.append("the system prompt's text")
     differences += [
         f"the contents of {name}"
@@ -176,7 +149,31 @@ def check_same(run: Path, before: dict[str, Any] | None, now: dict[str, Any]) ->
         raise UsageError(
             f"{run} holds a run that differs from this one in:\n"
             + "\n".join(f"  - {line}" for line in differences)
-            + "\n"
-            "Choose another folder (--set training.output_dir=outputs/NAME), or start over with --resume never, which "
-            "sets the earlier run aside."
+            + f"\n{_START_OVER}, or choose another folder (--set training.output_dir=outputs/NAME)."
         )
+
+
+def _by_name(settings: JsonObject) -> JsonObject:
+    """Settings of all sections by their dotted names."""
+    sections = {name: values if isinstance(values, dict) else {"": values} for name, values in settings.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, keys in sections.items() for key, value in keys.items()}
+
+
+def quoted(path: Path) -> str:
+    """`path` as it has to be typed in a command."""
+    name = path.as_posix()
+    if os.name != "nt":
+        return shlex.quote(name)
+    return f'"{name}"' if " " in name else name
+
+
+def next_commands(run: Path) -> str:
+    """The commands that come after a run, ready to copy."""
+    name = quoted(run)
+    commands = [
+        ("talk to it", f"python test_model.py {name}"),
+        ("see how it learned", f"python plot_loss.py {name}"),
+        ("does it sound right?", f"python evaluate_model.py report {name}"),
+        ("make one model of it", f"python merge_lora_to_fp16.py {name}"),
+    ]
+    return "Next:\n" + table(commands)

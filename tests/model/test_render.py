@@ -364,7 +364,7 @@ def test_a_template_that_drops_the_question_is_refused():
 
 
 def test_an_end_that_is_no_token_is_refused():
-    with pytest.raises(UsageError, match=r"'<\|eot_of_other_model\|>\\n', which is no end token of this tokenizer"):
+    with pytest.raises(UsageError, match=r"'<\|eot_of_other_model\|>\\n', which is not an end token of this tokenizer"):
         chat_format(family("wrong_end"))
 
 

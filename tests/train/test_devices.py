@@ -125,28 +125,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it i
 
 def main():
     with joined() as devices:
-        from persona.train import loop
         from persona.config import load_config
         from persona.train.run import finetune
 
-        original = loop._one_update
-
-        def one_update(trainer):
-            original(trainer)
+        def observe(trainer, update):
             if devices.rank == 1 and trainer.run.name.startswith("cut") and trainer.progress.step == int(step):
                 if name == "memory":
-                    loop.negative_log_likelihood = full
+                    trainer.model.register_forward_pre_hook(full)
                 else:
                     os.kill(os.getpid(), getattr(signal, name))
 
-        loop._one_update = one_update
         for folder in folders:
             bits = ["quantization.load_in_4bit=true"] if "4bit" in folder else []
             made = load_config(Path("run.json"), [f"training.output_dir={folder}", *bits])
-            finetune(made, True, print, devices)
+            finetune(made, True, print, devices, [observe])
 
 
-def full(model, packed):
+def full(model, inputs):
     raise MemoryError("no memory left")
 
 

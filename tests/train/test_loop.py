@@ -16,12 +16,13 @@ import torch
 from accelerate.state import AcceleratorState
 from making.runs import adapter_bytes, config, conversations, metrics, settings, write_jsonl
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import persona.train.loop
 from persona.config import Config
 from persona.console import excerpt
 from persona.errors import Diverged, Interrupted, UsageError
-from persona.files import MARKER
+from persona.files import MARKER, file_sha256
 from persona.train import checkpoints
 from persona.train.run import finetune
 
@@ -35,10 +36,49 @@ def _a_process_of_its_own(tmp_path, monkeypatch):
     AcceleratorState._reset_state()  # a real run is one process; accelerate keeps the precision of the first for good
 
 
-def train(settings, resume=True):
-    said = []
-    folder = finetune(settings, resume, said.append)
-    return folder.parent, "\n".join(said)
+def train(settings, resume=True, observers=()):
+    """The folder of the run and everything that it printed."""
+    lines = []
+    folder = finetune(settings, resume, lines.append, observers=observers)
+    return folder.parent, "\n".join(lines)
+
+
+def signal_after(step, number):
+    """An observer that sends this process a signal after update `step`."""
+
+    def observe(trainer, update):
+        if trainer.progress.step == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+
+    return observe
+
+
+def forget_after(best, again=()):
+    """An observer that makes every held-out loss after update `best` that of the base, and after `again` the best."""
+    kept = {}
+
+    def observe(trainer, update):
+        step = trainer.progress.step
+        for name, weight in trainer.model.named_parameters():
+            if step == best and "lora_" in name:
+                kept[name] = weight.detach().clone()
+            elif step in again and "lora_" in name:
+                weight.data.copy_(kept[name])
+            elif step > best and "lora_B" in name:
+                weight.data.zero_()
+
+    return observe
+
+
+def poison(trainer):
+    """Make every logit from now on not a number."""
+
+    def fill(model, inputs, output):
+        output.logits = output.logits * math.nan
+        return output
+
+    trainer.model.register_forward_hook(fill)
 
 
 def samples(run):
@@ -72,23 +112,25 @@ def test_free_memory_is_returned_after_every_pack(tmp_path, tiny_model, monkeypa
 
 
 @pytest.mark.parametrize("save_steps", [1, 3, None])
-def test_stops_after_patience_evaluations_and_keeps_the_best(tmp_path, tiny_model, monkeypatch, save_steps):
-    losses = iter([5.0, 4.0, 3.0, 3.5, 3.0, 3.2, 1.0])  # base, then updates 1, 2, ...; 3.0 again is no improvement
-    monkeypatch.setattr(persona.train.loop, "mean_loss", lambda *_: next(losses))
+def test_stops_after_patience_evaluations_and_keeps_the_best(tmp_path, tiny_model, save_steps):
     made = config(
         tmp_path,
         tiny_model,
         training={"num_train_epochs": 10, "save_steps": save_steps},
         evaluation={"eval_steps": 1, "early_stopping_patience": 3},
     )
-    run, said = train(made)
-    evaluations = [line for line in metrics(run) if "eval/loss" in line]
-    assert [line["step"] for line in evaluations] == [0, 1, 2, 3, 4, 5]
+    run, said = train(made, observers=[forget_after(2, again=[4])])
+    losses = {line["step"]: line["eval/loss"] for line in metrics(run) if "eval/loss" in line}
+    assert list(losses) == [0, 1, 2, 3, 4, 5]
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[3] == losses[5] == losses[0]
+    assert losses[4] == losses[2]  # the best again is no improvement
     assert "stopped early" in said
     best = run / "checkpoint-2" / "adapter_model.safetensors"
     assert best.read_bytes() == adapter_bytes(run)
-    newest = checkpoints.checkpoints(run)[-1]
-    assert newest.name == "checkpoint-2" or (newest / "adapter_model.safetensors").read_bytes() != adapter_bytes(run)
+    newest = {1: 5, 3: 3, None: 3}[save_steps]  # the last one that was due
+    assert checkpoints.checkpoints(run)[-1].name == f"checkpoint-{newest}"
+    assert (run / f"checkpoint-{newest}" / "adapter_model.safetensors").read_bytes() != adapter_bytes(run)
 
 
 def test_without_patience_all_updates_are_done(tmp_path, tiny_model):
@@ -171,16 +213,15 @@ def test_the_held_out_loss_is_weighted_by_tokens(tmp_path, tiny_model):
 
 @pytest.mark.parametrize("in_4bit", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradients_survive_an_evaluation_in_the_middle(tmp_path, tiny_model, monkeypatch, in_4bit, precision):
+def test_gradients_survive_an_evaluation_in_the_middle(tmp_path, tiny_model, in_4bit, precision):
     seen = []
-    original = persona.train.loop._step
 
-    def watch(trainer, loss):
-        grads = [w.grad for name, w in trainer.model.named_parameters() if w.requires_grad and "lora_B" in name]
-        seen.append(all(grad is not None and grad.abs().max() > 0 for grad in grads))
-        return original(trainer, loss)
+    def watch(optimizer, *_):
+        halves = [w for group in optimizer.param_groups for w in group["params"] if w.shape[1] == 4]  # lora_B
+        assert len(halves) == 14
+        seen.append(all(weight.grad is not None and weight.grad.abs().max() > 0 for weight in halves))
 
-    monkeypatch.setattr(persona.train.loop, "_step", watch)
+    hook = register_optimizer_step_pre_hook(watch)
     made = config(
         tmp_path,
         tiny_model,
@@ -188,7 +229,10 @@ def test_gradients_survive_an_evaluation_in_the_middle(tmp_path, tiny_model, mon
         training={"precision": precision},
         evaluation={"eval_steps": 1},
     )
-    run, _ = train(made)
+    try:
+        run, _ = train(made)
+    finally:
+        hook.remove()
     assert seen == [True] * 6
     losses = train_losses(run)
     assert losses[6] < losses[1]
@@ -204,7 +248,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, monkeypatch, layout):
+def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, layout):
     changes = LAYOUTS[layout]
 
     def made(name):
@@ -213,20 +257,10 @@ def test_interrupted_and_continued_is_the_same_run(tmp_path, tiny_model, monkeyp
 
     whole, _ = train(made("outputs/whole"))
     cut = made("outputs/cut")
-    original = persona.train.loop._one_update
-
-    def interrupt(trainer):
-        original(trainer)
-        if trainer.progress.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-
-    monkeypatch.setattr(persona.train.loop, "_one_update", interrupt)
     with pytest.raises(Interrupted) as stopped:
-        train(cut)
+        train(cut, observers=[signal_after(3, signal.SIGINT)])
     assert stopped.value.exit_code == 130
     assert "same command" in str(stopped.value)
-    monkeypatch.setattr(persona.train.loop, "_one_update", original)
     run, said = train(cut)
     assert "Continuing after update 3" in said
     assert adapter_bytes(run) == adapter_bytes(whole)
@@ -349,11 +383,10 @@ def test_a_checkpoint_holds_no_pickle(tmp_path, tiny_model):
     assert names <= {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
 
 
-def test_two_checkpoints_and_the_best_are_kept(tmp_path, tiny_model, monkeypatch):
-    losses = iter([5.0, 1.0, 3.0, 3.5, 3.0, 3.2, 3.3])
-    monkeypatch.setattr(persona.train.loop, "mean_loss", lambda *_: next(losses))
+def test_two_checkpoints_and_the_best_are_kept(tmp_path, tiny_model):
     patience = {"eval_steps": 1, "early_stopping_patience": None}
-    run, _ = train(config(tmp_path, tiny_model, training={"save_steps": 1}, evaluation=patience))
+    made = config(tmp_path, tiny_model, training={"save_steps": 1}, evaluation=patience)
+    run, _ = train(made, observers=[forget_after(1)])
     assert [folder.name for folder in checkpoints.checkpoints(run)] == ["checkpoint-1", "checkpoint-5", "checkpoint-6"]
 
 
@@ -390,22 +423,25 @@ def test_other_data_is_refused_and_never_starts_over(tmp_path, tiny_model):
     assert adapter_bytes(again) != old
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, tiny_model, monkeypatch):
-    original = persona.train.loop.negative_log_likelihood
-    calls = []
+@pytest.mark.parametrize(("step", "figure"), [(3, "loss of update 4"), (4, "held-out loss after update 4")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, tiny_model, step, figure):
+    weights = {}
 
-    def poisoned(model, packed):
-        calls.append(1)
-        return original(model, packed) * (math.nan if len(calls) > 6 else 1)
+    def observe(trainer, update):
+        if trainer.progress.step == step:
+            poison(trainer)
+            weights.update({name: w for name, w in trainer.model.named_parameters() if w.requires_grad})
+            weights["before"] = [w.detach().clone() for w in weights.values()]
 
-    monkeypatch.setattr(persona.train.loop, "negative_log_likelihood", poisoned)
     made = config(tmp_path, tiny_model, training={"save_steps": 1})
-    with pytest.raises(Diverged, match="learning_rate") as stopped:
-        train(made)
+    with pytest.raises(Diverged, match=f"The {figure} is not finite.*learning_rate") as stopped:
+        train(made, observers=[observe])
     assert stopped.value.exit_code == 6
+    before = weights.pop("before")
+    assert len(before) == 28
+    assert all(torch.equal(now, then) for now, then in zip(weights.values(), before, strict=True))
     newest, _ = checkpoints.latest_checkpoint(tmp_path / "outputs" / "tiny")
-    assert newest is not None
-    assert all(torch.isfinite(weight).all() for weight in load_file(newest / "adapter_model.safetensors").values())
+    assert newest == tmp_path / "outputs" / "tiny" / "checkpoint-3"
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit"])
@@ -428,7 +464,7 @@ def test_the_8_bit_optimizer_trains_and_continues_on_the_cpu(tmp_path, tiny_mode
     assert adapter_bytes(run) == adapter_bytes(whole)
 
 
-def test_settings_are_mixed_in_by_their_weight(tmp_path, tiny_model):
+def test_lore_is_mixed_in_by_its_weight(tmp_path, tiny_model):
     write_jsonl(tmp_path / "lore.jsonl", conversations(4))
     for weight, expected in ((0, 12), (1, 16), (2.5, 22), (5, 32)):
         changes = {"lore_file": "lore.jsonl", "lore_weight": weight}
@@ -472,41 +508,32 @@ def test_show_marks_what_is_learned(tmp_path, tiny_model):
 
 
 def test_newly_written_checkpoints_outlive_damaged_newer_ones(tmp_path, tiny_model):
-    made = config(tmp_path, tiny_model, training={"save_steps": 1})
-    run, _ = train(made)
+    best_is_1 = {"eval_steps": 1, "early_stopping_patience": None}
+    made = config(tmp_path, tiny_model, training={"save_steps": 1}, evaluation=best_is_1)
+    forget = forget_after(1)
+    run, _ = train(made, observers=[forget])
     whole = adapter_bytes(run)
-    for folder in checkpoints.checkpoints(run)[-2:]:
+    left = checkpoints.checkpoints(run)
+    assert [folder.name for folder in left] == ["checkpoint-1", "checkpoint-5", "checkpoint-6"]
+    for folder in left[1:]:
         (folder / MARKER).write_text("{", encoding="utf-8")
     shutil.rmtree(run / "adapter")
-    left = checkpoints.checkpoints(run)
-    again, said = train(made)
-    if len(left) > 2:
-        assert "Continuing after update" in said
-    assert "passed over" in said
+    again, said = train(made, observers=[forget])
+    assert "checkpoint-6 passed over: no readable COMPLETE.json\ncheckpoint-5 passed over" in said
+    assert "Continuing after update 1 " in said
     assert adapter_bytes(again) == whole
     assert checkpoints.latest_checkpoint(again)[0] == again / "checkpoint-6"
 
 
-def test_a_lost_best_checkpoint_is_said_and_not_a_crash(tmp_path, tiny_model, monkeypatch):
-    losses = iter([5.0, 1.0, 3.0, 3.5, 3.0, 3.2, 3.3, 2.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(persona.train.loop, "mean_loss", lambda *_: next(losses))
+def test_a_lost_best_checkpoint_is_said_and_not_a_crash(tmp_path, tiny_model):
     changes = {"training": {"save_steps": 1}, "evaluation": {"eval_steps": 1, "early_stopping_patience": None}}
     made = config(tmp_path, tiny_model, **changes)
-    original = persona.train.loop._one_update
-
-    def interrupt(trainer):
-        original(trainer)
-        if trainer.progress.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-
-    monkeypatch.setattr(persona.train.loop, "_one_update", interrupt)
+    forget = forget_after(1)
     with pytest.raises(Interrupted) as stopped:
-        train(made)
+        train(made, observers=[forget, signal_after(4, signal.SIGTERM)])
     assert stopped.value.exit_code == 143
-    monkeypatch.setattr(persona.train.loop, "_one_update", original)
     shutil.rmtree(tmp_path / "outputs" / "tiny" / "checkpoint-1")
-    run, said = train(made)
+    run, said = train(made, observers=[forget])
     assert "of update 1, is lost" in said
     assert (run / "checkpoint-5" / "adapter_model.safetensors").read_bytes() == adapter_bytes(run)
 
@@ -518,20 +545,47 @@ def test_checkpoints_without_their_identity_are_refused(tmp_path, tiny_model):
     (run / "run.json").unlink()
     with pytest.raises(UsageError, match=r"no run\.json"):
         train(made)
-    (run / "run.json").write_text(identity[:40], encoding="utf-8")
-    with pytest.raises(UsageError, match="damaged"):
+    values = json.loads(identity)
+    broken = [identity[:40], "[1]", *(json.dumps(values | change) for change in ({"date": 5}, {"settings": None}))]
+    for text in broken:
+        (run / "run.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match=r"run\.json.* Start over with --resume never"):
+            train(made)
+
+
+def reseal(folder):
+    """Make a changed checkpoint whole again, as another version or a person with a tool may."""
+    files = [path for path in folder.iterdir() if path.name != MARKER]
+    entries = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+    (folder / MARKER).write_text(json.dumps({"files": entries}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("progress.json", "{", "not valid JSON"),
+        ("progress.json", "[]", "expected an object"),
+        ("progress.json", '{"progress": {"step": 6}}', "scaler, scheduler missing"),
+        ("progress.json", '{"progress": {"step": 6}, "scaler": null, "scheduler": {}}', "other keys"),
+        ("optimizer.json", "{", "not valid JSON"),
+    ],
+)
+def test_a_broken_file_of_a_checkpoint_is_named_with_a_way_out(tmp_path, tiny_model, name, text, found):
+    made = config(tmp_path, tiny_model)
+    run, _ = train(made)
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoint-6" / name).write_text(text, encoding="utf-8")
+    reseal(run / "checkpoint-6")
+    with pytest.raises(UsageError, match=f"{name}.*{found}.* Delete .*checkpoint-6 to continue"):
         train(made)
 
 
-def test_before_the_first_checkpoint_settings_may_change(tmp_path, tiny_model, monkeypatch):
-    monkeypatch.setattr(
-        persona.train.loop, "negative_log_likelihood", lambda *_: torch.tensor(math.nan, requires_grad=True)
-    )
+def test_before_the_first_checkpoint_settings_may_change(tmp_path, tiny_model):
     no_evaluation = {"validation_file": None}
     with pytest.raises(Diverged):
-        train(config(tmp_path, tiny_model, data=no_evaluation))
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+        train(config(tmp_path, tiny_model, data=no_evaluation), observers=[lambda trainer, _: poison(trainer)])
+    assert (tmp_path / "outputs" / "tiny" / "run.json").is_file()
+    assert not checkpoints.checkpoints(tmp_path / "outputs" / "tiny")
     run, _ = train(config(tmp_path, tiny_model, data=no_evaluation, training={"learning_rate": 0.001}))
     assert len(train_losses(run)) == 6
 
@@ -639,11 +693,11 @@ def test_a_long_history_is_cut_alike_in_training_and_chat(tmp_path, tiny_model):
 
 
 def test_nohup_is_obeyed(monkeypatch):
-    from persona.train.checkpoints import StopRequest
+    from persona.train.checkpoints import stop_requests
 
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with StopRequest(True) as stop:
+        with stop_requests(True) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
         assert stop.number is None

@@ -1,0 +1,33 @@
+"""finetune.py: the mistakes first, then the model, and only then the libraries that take seconds to import."""
+
+from datetime import date
+from pathlib import Path
+
+from persona.config import load_config
+from persona.console import colour_wanted
+from persona.model.dataset import read_data
+from persona.model.sources import resolve_model
+from persona.train.devices import Devices
+
+
+def tune(settings: Path, changes: list[str], resume: bool, show: int | None, devices: Devices) -> None:
+    """Train with the file `settings` and its `changes`, and draw the curves; or only print `show` examples."""
+    config = load_config(settings, changes)
+    read_data(config.data, config.seed)  # mistakes in the data come before a download
+    # before transformers is imported: a local model switches the hub off
+    devices.first_on_each_machine(lambda: resolve_model(config.model.name_or_path))
+
+    from persona.train.run import finetune, prepare, show_examples
+
+    if show is not None:
+        material = prepare(config, date.today())
+        if devices.main:
+            print(show_examples(material, show, colour_wanted()))
+            print("".join(f"note: {note}\n" for note in material.notes), end="")
+        return
+    adapter = finetune(config, resume, lambda text: print(text, flush=True), devices)
+    if devices.main:
+        from persona.train.curves import draw
+        from persona.train.history import read_history
+
+        draw([read_history(adapter.parent)], adapter.parent / "loss.png", 0.9)
