@@ -1,4 +1,4 @@
-"""The same loop on a CUDA card, where 4-bit weights, paged optimizer states and fp16 scaling are the real ones."""
+"""The same loop on a GPU, with real 4-bit weights, paged optimizer states and fp16 scaling."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_packs_of_any_size_learn_the_same(tmp_path, tiny_model):
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
-def test_peak_memory_is_that_of_the_card(tmp_path, tiny_model):
+def test_peak_memory_is_that_of_the_gpu(tmp_path, tiny_model):
     run = finetune(config(tmp_path, tiny_model), True, lambda _: None).parent
     peak = max(line["train/peak_memory_gib"] for line in metrics(run) if "train/peak_memory_gib" in line)
     assert 0 < peak <= torch.cuda.get_device_properties(0).total_memory / 2**30

@@ -30,7 +30,7 @@ class Pack:
     input_ids: torch.Tensor  # (rows, length)
     position_ids: torch.Tensor | None  # (rows, length), None if they just count
     tree: Tree | None  # who attends to whom; None is plain causal attention within each row
-    positions: torch.Tensor  # (supervised,) index into the flattened input: where the logits are
+    positions: torch.Tensor  # (supervised,) positions of the logits in the flattened input
     targets: torch.Tensor  # (supervised,) the right token there; a position may have several
 
 
@@ -133,8 +133,9 @@ def _rows(examples: Sequence[Example], device: torch.device) -> Pack:
         first = row * width + len(example.prompt_ids) - 1
         positions += range(first, first + len(example.reply_ids))
         targets += example.reply_ids
-    ids, where, what = (torch.tensor(values, device=device) for values in (rows, positions, targets))
-    return Pack(ids, None, None, where, what)
+    tensors = (torch.tensor(values, device=device) for values in (rows, positions, targets))
+    input_ids, at, right = tensors
+    return Pack(input_ids, None, None, at, right)
 
 
 def _tree(examples: Sequence[Example], device: torch.device, block: int) -> Pack:
@@ -157,9 +158,10 @@ def _tree(examples: Sequence[Example], device: torch.device, block: int) -> Pack
         positions += path[len(example.prompt_ids) - 1 :]
         targets += example.reply_ids
         previous = tokens
-    what, depth, where, which = (torch.tensor(values, device=device) for values in (ids, depths, positions, targets))
+    tensors = (torch.tensor(values, device=device) for values in (ids, depths, positions, targets))
+    input_ids, depth, at, right = tensors
     tree = [_block(group, device) for group in _grouped(segments, block)]
-    return Pack(what[None], depth[None], tree, where, which)
+    return Pack(input_ids[None], depth[None], tree, at, right)
 
 
 Segment = tuple[list[int], int, int]  # ancestors from the root on, first new node, end of the new nodes

@@ -20,9 +20,9 @@ LEARNED = frozenset({"gpt2", "opt", "gpt_neo", "gpt_bigcode", "xglm"})
 ALIBI = frozenset({"bloom", "mpt"})
 STATE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "zamba2", "nemotron_h", "lfm2"})
 # Largest relative differences of the loss, and of the gradient of one kind of weights, that rounding may make. On the
-# embedded model in bfloat16 they are 0.002 and 0.06; where branches see each other, they are above 0.1 and 0.9.
+# embedded model in bfloat16 they are 0.002 and 0.06; if branches see each other, they are above 0.1 and 0.9.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.01, 0.2), torch.float16: (0.01, 0.1)}
-HEAD, TAIL = 160, 40  # tokens of the trial's common beginning, and of what follows it
+HEAD, TAIL = 160, 40  # tokens of the trial's common prefix, and behind it
 TRIAL_BLOCK = 64  # so that even a short tree has several blocks
 
 

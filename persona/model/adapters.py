@@ -15,7 +15,7 @@ from persona.model.folders import fingerprint, read_config
 from persona.model.sources import resolve_model
 
 PERSONA = "persona.json"
-# What belongs to a tokenizer in a Hugging Face folder; these travel byte for byte, because a tokenizer that is loaded
+# The files of a tokenizer in a Hugging Face folder; these travel byte for byte, because a tokenizer that is loaded
 # and saved again loses the hash by which llama.cpp's converter knows it.
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -1,4 +1,4 @@
-"""Files of records -> conversations of examples: the system prompt, the lore, and what had to be left out."""
+"""Files of records -> conversations of examples: the system prompt, the lore, and the records left out."""
 
 from collections import Counter
 from collections.abc import Sequence

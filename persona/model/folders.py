@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from persona.errors import UsageError
 from persona.files import AGAIN, JsonObject, read_json
 
-_POINTER = b"version https://git-lfs"  # stands for a large file in a clone without git-lfs
+_POINTER = b"version https://git-lfs"  # the content of a large file in a clone without git-lfs
 
 
 def read_config(folder: Path) -> JsonObject:
@@ -78,7 +78,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def tensor_index(folder: Path) -> dict[str, tuple[Path, int, JsonObject]]:
-    """Every tensor in the safetensors files of `folder`: its file, where the data section starts, and its header entry.
+    """Every tensor in the safetensors files of `folder`: its file, the start of the data section, and its header entry.
 
     The header is that of the safetensors format: eight bytes of length, then JSON. Raises `UsageError` for other files.
     """

@@ -154,7 +154,7 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
     except (ValueError, KeyError, SafetensorError) as error:
         remote = " It needs code of its own to load, which this toolkit never runs." if "remote" in str(error) else ""
         raise UsageError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}.{remote}") from None
-    # transformers fills what the files lack with random numbers and only logs it
+    # transformers fills missing tensors with random numbers and only logs it
     if lacking := sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"]):
         raise UsageError(
             f"{folder} lacks {len(lacking)} tensors of a {model.config.model_type} model, or has them in other shapes, "
@@ -248,7 +248,7 @@ def shard_base(model: Any, device: torch.device, count: int) -> None:
     for weight in whole:
         weight.data = weight.data.to(device)
     mesh = init_device_mesh(device.type, (count,))
-    # Given up after every pass, the embedding too: what stays gathered, process 0 would give up alone when it saves
+    # Resharded after every pass, the embedding too: else process 0 would do so alone when it saves
     for module in (*layers, decoder):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 

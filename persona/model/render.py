@@ -59,7 +59,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A model's chat template and what probing it has shown."""
+    """A model's chat template and the results of probing it."""
 
     tokenizer: Any
     encoder: Encoder
@@ -151,8 +151,8 @@ def _injected_system(tokenizer: Any) -> str | None:
     without = _apply(tokenizer, _ASKED, True)
     head = with_system.partition(_SYSTEM)[0]
     tail_of_system = with_system.partition(_SYSTEM)[2].partition(_QUESTION)[0]
-    body, found, _ = without.removeprefix(head).partition(tail_of_system)
-    return body.strip() if without.startswith(head) and found and body.strip() and _QUESTION not in body else None
+    body, tail, _ = without.removeprefix(head).partition(tail_of_system)
+    return body.strip() if without.startswith(head) and tail and body.strip() and _QUESTION not in body else None
 
 
 def _check_history(tokenizer: Any) -> None:
@@ -207,7 +207,7 @@ def _folded(messages: Sequence[Message], fold_system: bool) -> list[Message]:
 
 
 def _is_marked(text: str, fmt: ChatFormat) -> bool:
-    """Whether transformers would mark something in `text`, so that it is not encoded as it stands."""
+    """Whether transformers would mark something in `text`, so that it is not encoded as it is."""
     return fmt.typed.search(text) is not None or not (text.isascii() or _PRIVATE_USE.search(text) is None)
 
 
@@ -241,8 +241,8 @@ def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:
     Raises `Untrainable` when the tokenizer cannot write the reply back exactly.
     """
     text = fmt.lead + as_written(reply, fmt)
-    if fmt.typed.search(text) and (found := [token for token in fmt.control if token in text]):
-        raise Untrainable(f"the reply contains the model's control token {found[0]!r}; take it out of the text")
+    if fmt.typed.search(text) and (typed := [token for token in fmt.control if token in text]):
+        raise Untrainable(f"the reply contains the model's control token {typed[0]!r}; take it out of the text")
     ids = fmt.encoder.encode_behind(fmt.tail, text)
     written = fmt.encoder.decode_behind(fmt.tail, ids)
     if written not in (text, unicodedata.normalize("NFC", text)):  # Qwen's tokenizers fold to NFC

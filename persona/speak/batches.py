@@ -40,7 +40,7 @@ class Decoding:
     """0 always takes the likeliest token."""
     top_p: float
     repetition_penalty: float
-    """Of tokens in prompt and reply so far; 1 is none (arXiv 1909.05858)."""
+    """Penalty for tokens of the prompt and the reply so far; 1 is none (arXiv 1909.05858)."""
     seed: int
 
 

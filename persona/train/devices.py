@@ -73,7 +73,7 @@ class Devices:
         return self._gathered(value)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the main process, for all of them; what it raises there ends all of them."""
+        """The result of `work`, done in the main process, for all of them; an error there ends all of them."""
         result = [work() if self.main else None]
         if self.count > 1:
             import torch
@@ -114,7 +114,7 @@ class Devices:
 
         parts = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
         flat = torch.cat([*(part.flatten() for part in parts), loss.reshape(1)])
-        self.largest(0)  # after all memory is taken: what can fail has failed before the exchange
+        self.largest(0)  # all memory is taken by now: an error has come before the exchange
         _exchange(lambda: torch.distributed.all_reduce(flat))
         *sums, loss = flat.split([*(part.numel() for part in parts), 1])
         for weight, part in zip(weights, sums, strict=True):
@@ -229,7 +229,7 @@ def joined() -> Iterator[Devices]:
             raise SystemExit(error.exit_code if isinstance(error, EndedTogether) else 130) from None
         raise
     finally:
-        # The launcher terminates what is left once the first process has ended with an error: let each end by itself.
+        # The launcher terminates the others once the first process has ended with an error: let each end by itself.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         import torch
 

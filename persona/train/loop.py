@@ -1,4 +1,4 @@
-"""The loop: one update of the weights after the other, with what is measured and saved in between.
+"""The loop: one update of the weights after the other, with evaluations and checkpoints in between.
 
 An update learns from a few conversations. Which ones is a pure function of its number and the seed: each epoch shuffles
 all conversations anew and cuts them into batches. So there is no position in the data to save, and resuming is counting
@@ -58,7 +58,7 @@ class Update:
     grad_norm: float
     """Before clipping."""
     tokens: int
-    """Of its examples, each in its full context."""
+    """The tokens of its examples, each in its full context."""
     seconds: float
 
 
@@ -88,7 +88,7 @@ class Trainer:
     sampler: Sampler | None
     devices: Devices
     peak_memory_gib: float = 0.0
-    """Of the device with the most."""
+    """The peak of the device with the most."""
 
     def __post_init__(self) -> None:
         self.per_epoch = updates_per_epoch(len(self.train), self.training.train_batch_size)

@@ -21,7 +21,7 @@ from persona.files import JsonObject, file_sha256, read_json
 from persona.model.adapters import TOKENIZER_FILES, public_name
 from persona.model.folders import fingerprint
 
-# Settings that may differ when a run is continued: they change what is written or used afterwards, not what is learned
+# Settings that may differ when a run is continued: they change files or later use, not the weights
 FREE_SETTINGS = (
     "training.max_tokens_per_pack",
     "training.gradient_checkpointing",

@@ -276,15 +276,14 @@ def check_contexts(examples, share):
 def test_a_tree_computes_no_beginning_twice(examples):
     (group,) = plan_packs(examples, 10**6, True)
     beginnings = {inputs(example)[: i + 1] for example in examples for i in range(len(inputs(example)))}
-    if len(examples) > 1:
-        assert pack(group, CPU, True).input_ids.numel() == len(beginnings)
+    assert pack(group, CPU, True).input_ids.numel() == len(beginnings)
 
 
-def test_the_card_is_computed_once():
+def test_the_system_prompt_is_computed_once():
     examples = cases()["history kept"]
     packed = pack(plan_packs(examples, 100_000, True)[0], CPU, True)
     assert packed.input_ids.numel() < 0.6 * sum(len(inputs(example)) for example in examples)
-    card = len(render(TALKS[0], chat_format(family("chatml_default")), 1000)[0].prompt_ids) - 20
-    first = list(examples[0].prompt_ids[:card])
+    length = len(render(TALKS[0], chat_format(family("chatml_default")), 1000)[0].prompt_ids) - 20
+    first = list(examples[0].prompt_ids[:length])
     ids = packed.input_ids[0].tolist()
-    assert sum(ids[i : i + card] == first for i in range(len(ids))) == 1
+    assert sum(ids[i : i + length] == first for i in range(len(ids))) == 1

@@ -41,11 +41,11 @@ def rendered(name):
 def random_examples():
     """Examples that have nothing in common, not even the first token."""
     chance = random.Random(0)
-    made = []
+    examples = []
     for first in range(7):
         prompt = [first, *(chance.randrange(10, 500) for _ in range(chance.randrange(5, 40)))]
-        made.append(Example(tuple(prompt), tuple(chance.randrange(10, 500) for _ in range(chance.randrange(1, 9)))))
-    return made
+        examples.append(Example(tuple(prompt), tuple(chance.randrange(10, 500) for _ in range(chance.randrange(1, 9)))))
+    return examples
 
 
 @cache
@@ -70,12 +70,12 @@ def cases():
 
 def with_adapter(base):
     """`base` with an adapter whose two halves are both random, so that every gradient differs from zero."""
-    made = add_adapter(base, Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
+    tuned = add_adapter(base, Lora(r=4, lora_dropout=0.0), seed=0, base_name="tiny")
     torch.manual_seed(1)
-    for name, weight in made.named_parameters():
+    for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    return made.train()
+    return tuned.train()
 
 
 def measured(tuned, losses):
@@ -92,8 +92,8 @@ def plain_loss(tuned, example):
     """The oracle: the whole example through the model alone, all logits, the replies' picked out of them."""
     ids = torch.tensor([[*example.prompt_ids, *example.reply_ids]])
     logits = tuned(input_ids=ids[:, :-1], use_cache=False).logits[0]
-    said = len(example.reply_ids)
-    return F.cross_entropy(logits[-said:], ids[0, -said:], reduction="sum")
+    length = len(example.reply_ids)
+    return F.cross_entropy(logits[-length:], ids[0, -length:], reduction="sum")
 
 
 def packed_result(tuned, examples, max_tokens, share):

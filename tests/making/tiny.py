@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and models that are made in the test and take no time.
+"""Tokenizers, chat templates and models that are built in the test and take no time.
 
     family("qwen3")                          a tokenizer with the template and the special tokens of that family
     tokenizer(special, template, eos)        one of your own; kind is "bpe", "spm" or "unk"

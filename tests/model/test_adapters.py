@@ -88,7 +88,7 @@ def test_a_name_longer_than_any_file():
         ({"date": None}, "null"),
     ],
 )
-def test_a_card_of_another_form_is_named(tmp_path, change, says):
+def test_a_persona_of_another_form_is_named(tmp_path, change, says):
     persona = Persona("base", "0" * 64, None, "2024-05-01")
     (tmp_path / PERSONA).write_text(json.dumps(dataclasses.asdict(persona)), encoding="utf-8")
     assert read_persona(tmp_path) == persona

@@ -174,7 +174,7 @@ def test_every_template_with_tokens_is_cut_at_them():
     assert found["chatml_default"] == ["<|im_start|>", "<|im_end|>"]
 
 
-CARD = "You are Tamsin, keeper of the lighthouse. " * 20
+SYSTEM = "You are Tamsin, keeper of the lighthouse. " * 20
 # Where tokens stand around the system prompt
 APART = ("chatml_default", "granite_date", "qwen3", "llama3", "gpt_oss", "gemma4", "deepseek_r1")
 
@@ -189,7 +189,7 @@ def encoded(monkeypatch):
 
 
 def conversation(number, turns):
-    messages = [{"role": "system", "content": CARD}]
+    messages = [{"role": "system", "content": SYSTEM}]
     for turn in range(turns):
         messages.append({"role": "user", "content": f"What of ship {number}, on day {turn}?"})
         messages.append({"role": "assistant", "content": f"She answered {number} times on day {turn}."})
@@ -197,17 +197,17 @@ def conversation(number, turns):
 
 
 @pytest.mark.parametrize("name", APART)
-def test_the_card_is_encoded_once(encoded, name):
+def test_the_system_prompt_is_encoded_once(encoded, name):
     fmt = chat_format(family(name))
     cost = {}
     for count in (20, 40):
         encoded.clear()
         records = [conversation(count * 1000 + number, 1) for number in range(count)]
         assert len(render_records(records, fmt, None, 100_000).conversations) == count
-        assert sum(CARD.strip() in piece for piece in encoded) == (1 if count == 20 else 0)
-        cost[count] = sum(map(len, encoded)) - (len(CARD) if count == 20 else 0)
+        assert sum(SYSTEM.strip() in piece for piece in encoded) == (1 if count == 20 else 0)
+        cost[count] = sum(map(len, encoded)) - (len(SYSTEM) if count == 20 else 0)
     assert cost[40] < 2.2 * cost[20]
-    assert cost[40] < 40 * 400  # of 840 characters of card and about 70 of talk in each
+    assert cost[40] < 40 * 400  # of 840 characters of system prompt and about 70 of talk in each
 
 
 @pytest.mark.parametrize("name", APART)

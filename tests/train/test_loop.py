@@ -380,7 +380,7 @@ def test_another_tools_checkpoint_is_refused(tmp_path):
 def test_a_checkpoint_holds_no_pickle(tmp_path, tiny_model):
     run, _ = train(config(tmp_path, tiny_model))
     names = {path.suffix for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert names <= {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
+    assert names == {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
 
 
 def test_two_checkpoints_and_the_best_are_kept(tmp_path, tiny_model):
