@@ -1,4 +1,4 @@
-"""One pass of TRL or LLaMA-Factory over the same conversations as ours; throughput.py starts it in their environments.
+"""One pass of TRL or LLaMA-Factory over the same conversations; throughput.py starts it in their environments.
 
     python benchmarks/peers.py trl --model DIR --data FILE.jsonl --examples 64
 
@@ -118,10 +118,12 @@ def llamafactory(model: Path, examples: list[list[dict[str, str]]]) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=["trl", "trl-packed", "llamafactory"])
+    parser.add_argument("peer", choices=["trl", "trl-packed", "llamafactory"], help="tool to measure")
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model in 16 bits")
     parser.add_argument("--data", type=Path, required=True, help="JSONL of conversations: system, user, assistant")
-    parser.add_argument("--examples", type=int, default=64, help="how many; a multiple of 8 (%(default)s)")
+    parser.add_argument(
+        "--examples", type=int, default=64, help="number of conversations, a multiple of 8 (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.examples % ROWS:
         parser.error(f"--examples must be a multiple of {ROWS}")

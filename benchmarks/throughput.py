@@ -1,12 +1,12 @@
-"""How fast one update is computed, against other tools and against what this machine's processor can do at most.
+"""The speed of one update, compared with other tools and with the most that this processor can do.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --trl ENV/bin/python --llamafactory ENV2/bin/python --output figures.json
 
-Two workloads are made from the sample persona: one with its card as the system prompt, one with a single line. Each
-tool makes one pass over the same examples in one optimizer step: LoRA r=16 on all linear layers, dropout 0, the base
-in 16 bits, bfloat16. Every measurement is a process of its own, in turn, and is repeated; docs/benchmarks.md explains
-the columns and has figures.
+Two workloads are made from the sample persona: one with its character card as the system prompt, one with a single
+line. Each tool makes one pass over the same examples in one optimizer step: LoRA r=16 on all linear layers, dropout 0,
+the base in 16 bits, bfloat16. Every measurement is a process of its own, in turn, and is repeated;
+docs/benchmarks.md explains the columns and has figures.
 """
 
 import argparse
@@ -40,10 +40,10 @@ def write_workload(path: Path, system: str) -> None:
 
 
 def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -> dict[str, float]:
-    """Figures of one update of ours over the first `count` examples of `data`.
+    """Figures of one update of this toolkit over the first `count` examples of `data`.
 
     `padded` is one example a row in the libraries' own layers, `packed` examples one after another that share nothing,
-    `shared` what finetune.py does in an update.
+    `shared` the update of finetune.py.
     """
     from datetime import date
 
@@ -155,11 +155,24 @@ def run_one(name: str, data: Path, args: argparse.Namespace, model: Path) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=64, help="how many; a multiple of 8 (%(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="how often, in turn (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=2688, help="max_tokens_per_pack (%(default)s)")
-    parser.add_argument("--layouts", nargs="+", default=list(OURS), choices=OURS, help="which of ours (all)")
-    parser.add_argument("--workloads", nargs="+", default=["card", "line"], choices=["card", "line"])
+    parser.add_argument(
+        "--examples", type=int, default=64, help="number of conversations, a multiple of 8 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="number of measurements of each tool, in turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=2688, help="max_tokens_per_pack of this toolkit (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        default=list(OURS),
+        choices=OURS,
+        help="layouts of this toolkit to measure (default: all)",
+    )
+    parser.add_argument("--workloads", nargs="+", default=["card", "line"], choices=["card", "line"],
+                        help="system prompts to measure: the character card, one line (default: both)")  # fmt: skip
     parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with TRL")
     parser.add_argument("--llamafactory", metavar="PYTHON", help="interpreter of an environment with LLaMA-Factory")
     parser.add_argument("--output", type=Path, help="write all figures to this JSON file")

@@ -92,7 +92,9 @@ def adapter_folder(path: Path) -> Path:
     if kind in ("adapter", "checkpoint"):
         if (path / ADAPTER_WEIGHTS).is_file():
             return path
-        raise UsageError(f"{path} is an adapter without {ADAPTER_WEIGHTS}; it was not copied completely.")
+        raise UsageError(
+            f"{path} is an adapter without {ADAPTER_WEIGHTS}. Copy it again completely; .bin files can run code and are not read."
+        )
     if kind == "run":
         if kind_of(path / "adapter") == "adapter":
             return adapter_folder(path / "adapter")

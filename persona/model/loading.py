@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from persona.config import Lora, Quantization
 from persona.errors import EnvironmentFault, OutOfMemory, UsageError
+from persona.files import AGAIN
 from persona.model.adapters import read_persona
 from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format, freeze_date
 
@@ -158,7 +159,7 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
     if lacking := sorted(info["missing_keys"]) or sorted(str(key[0]) for key in info["mismatched_keys"]):
         raise UsageError(
             f"{folder} lacks {len(lacking)} tensors of a {model.config.model_type} model, or has them in other shapes, "
-            f"such as {lacking[0]}. Copy or download it again completely."
+            f"such as {lacking[0]}. {AGAIN}"
         )
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -218,11 +219,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
 
 
 def load_adapter(model: Any, folder: Path) -> PeftModel:
-    """`model` with the adapter in `folder` (safetensors only), ready to speak."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UsageError(
-            f"{folder} holds no adapter_model.safetensors; adapters in .bin are pickles and are not loaded."
-        )
+    """`model` with the adapter in `folder`, ready to speak."""
     return PeftModel.from_pretrained(model, folder, is_trainable=False, local_files_only=True)  # pyright: ignore
 
 

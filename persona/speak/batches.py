@@ -24,7 +24,7 @@ from persona.engine.trial import STATE, why_not
 from persona.errors import DataError
 from persona.model.loading import stop_ids
 from persona.model.render import Message, Untrainable, fit, prompt_room
-from persona.speak.speaker import Speaker
+from persona.speak.speaker import Speaker, text_of
 
 # Choices whose logits are nearer to each other than this are made in a pass of their own
 MARGIN = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -80,12 +80,15 @@ def generate(
     They come in no certain order; a reply's ids are without the token that ended it. With a `margin` of 0 nothing is
     chosen again, and the result holds for this batch size and these prompts only.
     """
+    longest = max(map(len, prompts), default=0) + decoding.max_new_tokens
+    may_share = why_not(model.config, longest) is None  # padding goes between the prefix and the rest
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for shared, numbers in families(prompts, _may_share(model, prompts, decoding)):
-                beginning = _beginning(model, prompts[numbers[0]][:shared]) if shared else None
+            for shared, numbers in families(prompts, may_share):
+                ids = torch.tensor([prompts[numbers[0]][:shared]], device=model.device)
+                beginning = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values if shared else None
                 for first in range(0, len(numbers), batch_size):
                     chosen = numbers[first : first + batch_size]
                     rows = [_row(model, number, prompts[number], decoding) for number in chosen]
@@ -114,15 +117,6 @@ def _common(first: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all `prompts` begin with; at least one of each is left, whose logits choose the reply's first."""
     longest = min(map(len, prompts)) - 1
     return next((i for i in range(longest) if any(prompt[i] != first[i] for prompt in prompts)), longest)
-
-
-def _may_share(model: Any, prompts: Sequence[Sequence[int]], decoding: Decoding) -> bool:
-    longest = max(map(len, prompts), default=0) + decoding.max_new_tokens
-    return why_not(model.config, longest) is None  # padding goes between the prefix and the rest
-
-
-def _beginning(model: Any, ids: Sequence[int]) -> Any:
-    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
 
 
 def _row(model: Any, number: int, prompt: Sequence[int], decoding: Decoding) -> _Row:
@@ -256,7 +250,8 @@ class ReplyFile:
         A last line that was cut off is dropped; raises `DataError` for any other line that is not a reply.
         """
         self._model = model
-        self._replies: dict[str, Reply] = {}
+        self.replies: dict[str, Reply] = {}
+        """The finished replies, by their keys."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._file.seek(0)
@@ -267,7 +262,7 @@ class ReplyFile:
             try:
                 entry = json.loads(line)
                 reply = Reply(str(entry["text"]), tuple(map(int, entry["ids"])), bool(entry["ended"]))
-                self._replies[entry["key"]] = reply
+                self.replies[entry["key"]] = reply
             except (ValueError, TypeError, KeyError):
                 self._file.close()
                 text = excerpt(line.decode("utf-8", errors="replace"), 60)
@@ -286,13 +281,9 @@ class ReplyFile:
         parts = json.dumps([list(prompt), asdict(decoding), self._model, adapter, precision])
         return hashlib.sha256(parts.encode()).hexdigest()
 
-    def get(self, key: str) -> Reply | None:
-        """The finished reply under `key`."""
-        return self._replies.get(key)
-
     def add(self, key: str, reply: Reply) -> None:
         """Write a finished reply."""
-        self._replies[key] = reply
+        self.replies[key] = reply
         line = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False)
         self._file.write(line.encode("utf-8", errors="replace") + b"\n")
         self._file.flush()
@@ -316,13 +307,13 @@ def reply_to_all(
     different = list(dict.fromkeys(asked))  # no prompt twice
     precision = str(speaker.model.get_input_embeddings().weight.dtype)
     keys = {ids: finished.key(ids, decoding, adapter, precision) for ids in different} if finished else {}
-    replies = {ids: known for ids in different if finished and (known := finished.get(keys[ids]))}
+    replies = {ids: known for ids in different if finished and (known := finished.replies.get(keys[ids]))}
     missing = [ids for ids in different if ids not in replies]
     before, started = len(replies), time.perf_counter()
     progress(before, len(different), None)
 
     def done(number: int, ids: tuple[int, ...], ended: bool) -> None:
-        reply = replies[missing[number]] = Reply(speaker.text_of(ids), ids, ended)
+        reply = replies[missing[number]] = Reply(text_of(ids, speaker.fmt), ids, ended)
         if finished is not None:
             finished.add(keys[missing[number]], reply)
         each = (time.perf_counter() - started) / (len(replies) - before)

@@ -20,8 +20,8 @@ from persona.model.render import ChatFormat, Message, fit, prompt_room
 class _Streamer(BaseStreamer):
     """Writes the text of new tokens as soon as it is certain, whole characters only."""
 
-    def __init__(self, speaker: "Speaker", write: Callable[[str], None]) -> None:
-        self.speaker, self.write = speaker, write
+    def __init__(self, fmt: ChatFormat, write: Callable[[str], None]) -> None:
+        self.fmt, self.write = fmt, write
         self.ids: list[int] = []
         self.shown = ""
         self.prompt_seen = False
@@ -31,7 +31,7 @@ class _Streamer(BaseStreamer):
             self.prompt_seen = True
             return
         self.ids += value.flatten().tolist()
-        text = self.speaker.text_of(self.ids)
+        text = text_of(self.ids, self.fmt)
         # a character of several tokens decodes to U+FFFD until its last one has come
         if not text.endswith("\ufffd"):
             self._show(text)
@@ -42,7 +42,7 @@ class _Streamer(BaseStreamer):
             self.shown = text
 
     def end(self) -> None:
-        self._show(self.speaker.text_of(self.ids))
+        self._show(text_of(self.ids, self.fmt))
 
 
 def text_of(ids: Sequence[int], fmt: ChatFormat) -> str:
@@ -64,24 +64,20 @@ class Speaker:
     kind: str
     """`adapter`, `model` (merged) or `base`."""
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """The text of a reply."""
-        return text_of(ids, self.fmt)
-
     def reply(self, messages: Sequence[Message], write: Callable[[str], None], adapter: bool = True) -> str:
         """The reply to `messages`, piece by piece also to `write`; Ctrl-C ends it.
 
         Raises `Untrainable` if the system prompt and the last message alone are too long.
         """
         prompt, _ = fit(messages, self.fmt, prompt_room(self.max_length))
-        streamer = _Streamer(self, write)
+        streamer = _Streamer(self.fmt, write)
         plain = isinstance(self.model, PeftModel) and not adapter
         with self.model.disable_adapter() if plain else nullcontext(), torch.no_grad():
             try:
                 self._generate(prompt, streamer)
             except KeyboardInterrupt:
                 write(" [stopped]")
-        return self.text_of(streamer.ids)
+        return text_of(streamer.ids, self.fmt)
 
     def _generate(self, prompt: Sequence[int], streamer: _Streamer) -> None:
         how = self.generation

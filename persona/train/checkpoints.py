@@ -214,26 +214,18 @@ def _load_optimizer(optimizer: Any, folder: Path) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
 
 
-@dataclass
-class StopRequest:
-    """Whether the run was asked to stop."""
-
-    number: int | None = None
-    """The signal that asked, or None."""
-
-
 @contextmanager
-def stop_requests(speaks: bool) -> Iterator[StopRequest]:
-    """Remember the first SIGINT, SIGTERM, SIGHUP or SIGBREAK inside; a second one ends the program at once.
+def stop_requests(speaks: bool) -> Iterator[list[int]]:
+    """A list that gets the first SIGINT, SIGTERM, SIGHUP or SIGBREAK inside; a second one ends the program at once.
 
     With `speaks`, a line on standard error says that the signal was heard.
     """
-    request = StopRequest()
+    heard: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
-        if request.number is not None:
+        if heard:
             raise KeyboardInterrupt
-        request.number = number
+        heard.append(number)
         # written past Python's buffers, which the signal may have interrupted
         if speaks:
             os.write(2, b"\nStopping after this update ... (again to stop at once, without saving)\n")
@@ -245,7 +237,7 @@ def stop_requests(speaks: bool) -> Iterator[StopRequest]:
     is_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
     previous = {number: signal.signal(number, remember) for number in watched} if is_main else {}
     try:
-        yield request
+        yield heard
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

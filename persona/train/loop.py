@@ -123,7 +123,7 @@ def run_training(trainer: Trainer) -> None:
     """All updates that are left, or until early stopping; raises `Interrupted` after a signal, with the state saved."""
     progress = trainer.progress
     started = time.perf_counter() - progress.seconds
-    with stop_requests(trainer.devices.main) as stop:
+    with stop_requests(trainer.devices.main) as signals:
         if progress.step == 0 and trainer.held_out:
             progress.base_loss = _evaluate(trainer)
             _write_samples(trainer)
@@ -134,7 +134,7 @@ def run_training(trainer: Trainer) -> None:
                 observe(trainer, update)
             improved = _evaluate_if_due(trainer)
             progress.seconds = time.perf_counter() - started
-            signal_number = int(trainer.devices.largest(stop.number or 0))  # all stop after the same update
+            signal_number = int(trainer.devices.largest(sum(signals)))  # all stop after the same update
             if improved or signal_number or _is_due(trainer, trainer.training.save_steps):
                 _save(trainer)
             if signal_number and progress.step < trainer.total:

@@ -10,7 +10,7 @@ from persona.errors import DataError
 from persona.model.render import chat_format
 from persona.speak import batches
 from persona.speak.batches import Decoding, Reply, ReplyFile, choose, families, generate, greedy, reply_to_all
-from persona.speak.speaker import Speaker
+from persona.speak.speaker import Speaker, text_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STOPS = list(range(0, 500, 25))  # so that some replies of a random model end by themselves
@@ -154,7 +154,7 @@ def test_replies_come_in_order_with_their_counts(speaker):
     assert said[0] == said[7]
     assert said[1] == said[8]
     assert said[0] != said[1]
-    assert all(reply.text == speaker.text_of(reply.ids) and (len(reply.ids) == 8) != reply.ended for reply in said)
+    assert all(reply.text == text_of(reply.ids, speaker.fmt) and (len(reply.ids) == 8) != reply.ended for reply in said)
     assert seen[0] == (0, 7, None)
     assert [told[0] for told in seen] == list(range(8))
     assert seen[-1][2] == 0

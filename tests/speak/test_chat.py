@@ -167,7 +167,7 @@ def test_a_character_of_several_tokens_comes_whole(speaker):
     from persona.speak.speaker import _Streamer
 
     pieces = []
-    streamer = _Streamer(speaker, pieces.append)
+    streamer = _Streamer(speaker.fmt, pieces.append)
     streamer.put(torch.tensor([[1, 2]]))
     for token in speaker.fmt.tokenizer.encode("灯🙂 ok", add_special_tokens=False):
         streamer.put(torch.tensor([token]))
