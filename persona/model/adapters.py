@@ -92,9 +92,8 @@ def adapter_folder(path: Path) -> Path:
     if kind in ("adapter", "checkpoint"):
         if (path / ADAPTER_WEIGHTS).is_file():
             return path
-        raise UsageError(
-            f"{path} is an adapter without {ADAPTER_WEIGHTS}. Copy it again completely; .bin files can run code and are not read."
-        )
+        advice = "Copy it again completely; weights in .bin files can run code and are not loaded."
+        raise UsageError(f"{path} is an adapter without {ADAPTER_WEIGHTS}. {advice}")
     if kind == "run":
         if kind_of(path / "adapter") == "adapter":
             return adapter_folder(path / "adapter")
