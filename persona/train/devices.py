@@ -54,9 +54,17 @@ class Devices:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
-    def largest(self, value: float) -> float:
-        """The largest `value` of all processes; raises `EndedTogether` when one of them has failed."""
-        return self._meet(value, None)
+    def largest(self, value: float, fault: tuple[str, int] | None = None) -> float:
+        """The largest `value` of all processes; raises `EndedTogether` when one of them has a `fault`."""
+        if self.count == 1:
+            return value
+        failed, largest = _reduced("MAX", float(fault is not None), value)
+        if failed:
+            faults = enumerate(self._gathered(fault))
+            rank, (message, code) = next((rank, fault) for rank, fault in faults if fault is not None)
+            where = f"In process {rank} of {self.count}: " if rank else ""
+            raise EndedTogether(where + message, code)
+        return largest
 
     def total(self, value: float) -> float:
         """The sum of every process's `value`, in double precision."""
@@ -144,22 +152,11 @@ class Devices:
         known = isinstance(error, PersonaError)
         message = str(error) if known else f"a fault of the program, see above: {type(error).__name__}: {error}"
         try:
-            self._meet(0, (message, error.exit_code if known else PersonaError.exit_code))
+            self.largest(0, (message, error.exit_code if known else PersonaError.exit_code))
         except PersonaError:
             if known:
                 raise
             raise error from None  # with its traceback
-
-    def _meet(self, value: float, fault: tuple[str, int] | None) -> float:
-        if self.count == 1:
-            return value
-        failed, largest = _reduced("MAX", float(fault is not None), value)
-        if failed:
-            faults = enumerate(self._gathered(fault))
-            rank, (message, code) = next((rank, fault) for rank, fault in faults if fault is not None)
-            where = f"In process {rank} of {self.count}: " if rank else ""
-            raise EndedTogether(where + message, code)
-        return largest
 
     def _gathered(self, value: T) -> list[T]:
         import torch
