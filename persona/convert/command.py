@@ -1,95 +1,192 @@
-"""The command line of convert_dataset.py: its flags by what they are about, and the options they make."""
+"""The command line of convert_dataset.py, generated from the options, and the options that it chooses."""
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from persona.convert import options as choices
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from persona.console import excerpt
 from persona.convert.cleaning import clean_text
 from persona.convert.formats.recognise import NAMES
 from persona.convert.inputs import probe, read_text
-from persona.convert.options import LINE_KINDS, TEMPLATES, Options
+from persona.convert.options import GROUPS, Flag, Options, Tokenize
 from persona.errors import UsageError
+from persona.files import JsonObject, read_json
 from persona.records import RecordFault
 
-_BOUNDS: dict[str, tuple[float, float, str]] = {
-    "val_ratio": (0, 0.999999, "a share of at least 0 and less than 1, as 0.1"),
-    "max_reject": (0, 1, "a share from 0 to 1, as 0.05"),
-    "context_turns": (1, 1000, "a number of at least 1"),
-    "max_exchanges": (1, 100_000, "a number of at least 1"),
-    "max_gap": (0.001, 1e9, "a number of minutes above 0"),
-    "max_record": (0.001, 1000, "a number of millions of characters, from 0.001 to 1000"),
-    "max_chars": (100, 1e9, "a number of characters of at least 100"),
-    "min_chars": (0, 1e6, "a number of characters of at least 0"),
-    "lore_weight": (1, 100, "a number from 1 to 100, as 5 or 2.5"),
-}
+RENAMED = {"--settings": "--lore", "--settings-weight": "--lore-weight"}
+_NUMBERS = {int: "a whole number", float: "a number"}
+_BOUNDS = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
 
 
-def checked(options: Options) -> Options:
-    """The options with the system prompt read, filled in and cleaned; a UsageError names what is out of bounds."""
-    for name, (low, high, wanted) in _BOUNDS.items():
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            raise UsageError(f"{_flag(name)} {value:g}: give {wanted}.")
-    for name in (*options.characters, *([options.user_name] if options.user_name is not None else [])):
-        if not name.strip():
-            raise UsageError("--character or --user-name is empty. Give the name as it stands in the file.")
-    low, high = options.chunk_tokens
-    if not 20 <= low < high:
-        raise UsageError(
-            f"--chunk-tokens {low}-{high}: give two numbers of at least 20, the smaller first, as 300-800."
-        )
-    return replace(options, system=_system_prompt(options)) if options.system is not None else options
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The parser of all flags; the values of options are texts, which `choose` checks."""
+    made = argparse.ArgumentParser(
+        usage="%(prog)s INPUT [INPUT ...] --output DIR [option ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("inputs", metavar="INPUT", nargs="*", help="file, or folder that is read with all its folders")
+    made.add_argument("--output", metavar="DIR", type=Path, help="folder for the results")
+    made.add_argument("--preview", metavar="N", type=int, help="show the first N records and write nothing")
+    made.add_argument("--check", action="store_true", help="report on files that are converted already; write nothing")
+    again = (
+        "repeat the conversion that wrote this report.json, by default into the same folder; other flags change it, "
+        "and --no-NAME turns the switch --NAME off"
+    )
+    made.add_argument("--from", metavar="REPORT", type=Path, dest="repeated", help=again)
+    for section in GROUPS:
+        group = made.add_argument_group(section.__doc__)
+        for name in section.__annotations__:
+            _add(group, name, Options.model_fields[name])
+    for old, new in RENAMED.items():
+        made.add_argument(old, nargs="?", action=_Renamed, const=new, help=argparse.SUPPRESS)
+    return made
+
+
+class _Renamed(argparse.Action):
+    def __call__(self, *call: Any, **_: Any) -> None:
+        raise UsageError(f"{call[-1]} is {self.const} now; write that instead.")
+
+
+def _add(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    kind, words = _kind(field), (field.description or "").removesuffix(".")
+    default = f" (default: {words_of})" if (words_of := _default(field)) else ""
+    described = f"{words[0].lower()}{words[1:]}{default}".replace("%", "%%")
+    if kind is bool:
+        group.add_argument(_flag(name), action="store_true", default=None, dest=name, help=described)
+        off = _flag(name).replace("--", "--no-", 1)
+        group.add_argument(off, action="store_false", default=None, dest=name, help=argparse.SUPPRESS)
+        return
+    choices = NAMES if name == "format" else get_args(kind) if get_origin(kind) is Literal else None
+    group.add_argument(
+        _flag(name),
+        dest=name,
+        metavar=None if choices else _marker(field).metavar or "N",
+        choices=choices,
+        action="append" if field.default == () else "store",
+        help=described,
+    )
+
+
+def _marker(field: FieldInfo) -> Flag:
+    return next((mark for mark in field.metadata if isinstance(mark, Flag)), Flag())
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return _marker(Options.model_fields[name]).name or f"--{name.replace('_', '-')}"
 
 
-def parse_role_map(text: str) -> dict[str, str]:
-    """{"甄嬛": "assistant"} as it stands on the command line; a UsageError for anything else."""
-    fix = f"""--role-map {text}: write JSON such as '{{"甄嬛": "assistant", "皇上": "user"}}'."""
+def _kind(field: FieldInfo) -> Any:
+    """The type of an option, without None."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    return kinds[0] if type(None) in get_args(field.annotation) else field.annotation
+
+
+def _default(field: FieldInfo) -> str:
+    """The default as it would be written on the command line."""
+    value = field.default
+    if _marker(field).default or value is None or value is False:
+        return _marker(field).default or ""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={weight:g}" for name, weight in value.items())
+    return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- choices ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line: what to convert, how, and what to do with the result."""
+
+    inputs: list[str]
+    output: Path | None
+    preview: int | None
+    check: bool
+    options: Options
+
+
+def command_of(arguments: argparse.Namespace, load: Callable[[str | None], tuple[str, Tokenize]]) -> Command:
+    """The command that the arguments name; a UsageError says which flag is wrong, and what to write."""
+    flags = {name: value for name, value in vars(arguments).items() if name in Options.model_fields}
+    values = {name: _read(Options.model_fields[name], value) for name, value in flags.items() if value is not None}
+    inputs, output = arguments.inputs, arguments.output
+    if arguments.repeated:
+        saved_inputs, saved = _saved(arguments.repeated)
+        inputs, values, output = inputs or saved_inputs, saved | values, output or arguments.repeated.parent
+    if not inputs:
+        raise UsageError("Name the files or folders to convert, for example: play.txt --character ROMEO --output DIR")
+    if output is None and arguments.preview is None and not arguments.check:
+        raise UsageError("Give --output DIR for the results, or --preview N to look first.")
+    if arguments.preview is not None and arguments.preview < 1:
+        raise UsageError(f"--preview {arguments.preview}: give the number of records to show, for example 3.")
+    options = choose(values)
+    options = options.model_copy(update={"load_tokenizer": partial(load, options.tokenizer)})
+    return Command(inputs, None if arguments.preview else output, arguments.preview, arguments.check, options)
+
+
+def _read(field: FieldInfo, text: Any) -> Any:
+    """The number that a text names if the option is a number; else the text as it is."""
+    kind = _kind(field)
     try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UsageError(fix) from None
-    if not isinstance(value, dict) or not set(map(str, value.values())) <= {"system", "user", "assistant", "tool"}:
-        raise UsageError(f"{fix} The values are system, user, assistant or tool.")
-    return {key.strip().casefold(): role for key, role in value.items()}
+        return kind(text) if kind in _NUMBERS else text
+    except ValueError:
+        return text
 
 
-def parse_templates(text: str) -> dict[str, float]:
-    """continue=1,expand=0.5 as weights of the templates of articles; those not named are off."""
-    weights = dict.fromkeys(TEMPLATES, 0.0)
-    for part in text.split(","):
-        name, _, weight = part.strip().partition("=")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            weights[name] = -1.0
-        if name not in TEMPLATES or not 0 <= weights[name] <= 1:
-            raise UsageError(f"--templates {text}: write for example continue=1,expand=0.5,rewrite=0 (weights 0 to 1).")
-    return weights
+def _saved(path: Path) -> tuple[list[str], JsonObject]:
+    """The inputs and options that a report.json holds."""
+    report = read_json(path, "Give a report.json that convert_dataset.py has written.")
+    inputs, options = report.get("inputs"), report.get("options")
+    if not isinstance(inputs, list) or not isinstance(options, dict):
+        raise UsageError(f"{path}: it does not say how it was made. Convert once more with flags instead of --from.")
+    return [str(name) for name in inputs], options
 
 
-def parse_range(text: str) -> tuple[int, int]:
-    """300-800 as two numbers."""
-    low, _, high = text.partition("-")
-    if not (low.isdecimal() and high.isdecimal() and len(text) < 20):
-        raise UsageError(f"--chunk-tokens {text}: write two numbers, as 300-800.")
-    return int(low), int(high)
+def choose(values: Mapping[str, Any]) -> Options:
+    """The options with these values, the system prompt read and filled in; a UsageError names each wrong flag."""
+    try:
+        options = Options.model_validate(dict(values))
+    except ValidationError as error:
+        raise UsageError("\n".join(dict.fromkeys(map(_explain, error.errors())))) from None
+    if options.format not in (None, *NAMES):
+        raise UsageError(f"--format {options.format}: give one of {', '.join(NAMES)}.")
+    return options if options.system is None else options.model_copy(update={"system": _system_prompt(options)})
 
 
-def parse_line_kinds(text: str) -> tuple[str, ...]:
-    """notes,silence as names of kinds of lines; none for none."""
-    names = tuple(part.strip() for part in text.split(",") if part.strip() and part.strip() != "none")
-    if unknown := [name for name in names if name not in LINE_KINDS]:
-        raise UsageError(f"--drop-lines {text}: {unknown[0]} is not one of {', '.join(LINE_KINDS)}, none.")
-    return names
+def _explain(detail: ErrorDetails) -> str:
+    name, value = str(detail["loc"][0]), detail["input"]
+    if name not in Options.model_fields:
+        return f"{name} is not an option of convert_dataset.py. Delete it from the file that --from names."
+    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    error = detail.get("ctx", {}).get("error")  # of a check of ours
+    wanted = str(error) if error else _wanted(Options.model_fields[name])
+    return f"{_flag(name)} {excerpt(text, 60) or repr(text)}: give {wanted}."
+
+
+def _wanted(field: FieldInfo) -> str:
+    kind = _kind(field)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    bounds = [
+        words.format(f"{bound:,}")
+        for mark in field.metadata
+        for name, words in _BOUNDS.items()
+        if (bound := getattr(mark, name, None)) is not None
+    ]
+    return " ".join([_NUMBERS.get(kind, "true or false" if kind is bool else "a text"), " and ".join(bounds)]).strip()
 
 
 def _system_prompt(options: Options) -> str:
@@ -110,117 +207,3 @@ def _system_prompt(options: Options) -> str:
     if not text:
         raise UsageError("--system is empty. Give the text, or leave the flag out.")
     return text
-
-
-_D = Options()
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The parser with all flags."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("inputs", metavar="INPUT", nargs="+", help="files, or folders that are read with all they hold")
-    made.add_argument("--output", metavar="DIR", type=Path, help="folder for the results")
-    made.add_argument("--preview", metavar="N", type=int, help="show the first N records and write nothing")
-    made.add_argument("--check", action="store_true", help="report on converted files, and write nothing")
-    made.add_argument("--format", choices=NAMES, help="the format of all inputs, instead of deciding by content")
-    made.add_argument("--encoding", help="of all inputs, as gb18030 or big5, instead of finding it out")
-    made.add_argument("--system", metavar="TEXT|@FILE", help="system prompt; {character} is filled in")
-    made.add_argument("--seed", type=int, default=_D.seed, help="of split and order (%(default)s)")
-    ratio = f"share of the records held out ({Options.DEFAULT_RATIO})"
-    made.add_argument("--val-ratio", metavar="SHARE", type=float, help=ratio)
-    _speakers(made.add_argument_group("named speakers: dialogues, plays, chats, character lines"))
-    _tables(made.add_argument_group("tables"))
-    _repairs(made.add_argument_group("what to mend, drop or refuse"))
-    _articles(made.add_argument_group("articles"))
-    return made
-
-
-def _speakers(group: argparse._ArgumentGroup) -> None:
-    whose = "whose lines are learned; repeat it for other names of the same character"
-    group.add_argument("--character", metavar="NAME", action="append", default=[], dest="characters", help=whose)
-    group.add_argument(
-        "--user-name", metavar="NAME", help="what {{user}} is called; in WeChat exports, what you are called"
-    )
-    before = "at most so many lines before a reply (%(default)s)"
-    group.add_argument("--context-turns", metavar="N", type=int, default=_D.context_turns, help=before)
-    cut = "longer scenes are cut into several records (%(default)s)"
-    group.add_argument("--max-exchanges", metavar="N", type=int, default=_D.max_exchanges, help=cut)
-    told = "lines of the narrator: left out, in the system prompt, or in brackets (%(default)s)"
-    group.add_argument("--narration", choices=("drop", "system", "brackets"), default=_D.narration, help=told)
-    group.add_argument("--keep-quotes", action="store_true", help="keep 「」 and “” around a whole speech")
-    group.add_argument("--strip-speaker", action="store_true", help="remove NAME: at the beginning of a message")
-    group.add_argument("--flat", action="store_true", help="lines belong to the one before at most, not to a scene")
-    gap = "a longer pause ends a conversation of a chat (%(default)s minutes)"
-    group.add_argument("--max-gap", metavar="MINUTES", type=float, default=_D.max_gap, help=gap)
-    kinds = f"lines of character files that are left out: {', '.join(choices.LINE_KINDS)}, none (notes,silence,marks)"
-    group.add_argument("--drop-lines", metavar="KINDS", type=parse_line_kinds, default=_D.drop_lines, help=kinds)
-    titles = "a title that is background, besides 角色故事1, 更多描述, 角色详细, 神之眼; repeatable"
-    group.add_argument("--background", metavar="TITLE", action="append", default=[], help=titles)
-    group.add_argument("--lore", action="store_true", dest="lore_apart", help="lore goes to lore.jsonl")
-    for old, new in (("--settings", "--lore"), ("--settings-weight", "--lore-weight")):
-        group.add_argument(
-            old, nargs="?", type=_renamed(old, new), const=new, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
-    times = "how many times each lore record is in the training part (%(default)g)"
-    group.add_argument("--lore-weight", metavar="N", type=float, default=_D.lore_weight, help=times)
-
-
-def _renamed(old: str, new: str) -> Callable[[str], str]:
-    def refuse(_: str) -> str:
-        raise UsageError(f"{old} is {new} now; write that instead.")
-
-    return refuse
-
-
-def _tables(group: argparse._ArgumentGroup) -> None:
-    for what in ("prompt", "response", "context"):
-        group.add_argument(f"--{what}-col", metavar="NAME", help=f"the column of the {what}")
-    group.add_argument("--split", metavar="NAME", help='only the rows of this split, as "train"')
-
-
-def _repairs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--lenient", action="store_true", help="read broken JSON, join turns; list each repair")
-    group.add_argument("--redact", action="store_true", help="mask phone, e-mail, identity and card numbers, and keys")
-    group.add_argument("--fix-text", action="store_true", help="mend UTF-8 that was read in another encoding (Ã©, 鈥)")
-    joined = "join turns of one role running instead of refusing the record"
-    group.add_argument("--merge-consecutive", action="store_true", help=joined)
-    first = "a reply with no question before it (%(default)s)"
-    group.add_argument("--leading-assistant", choices=("drop", "keep"), default=_D.leading_assistant, help=first)
-    group.add_argument("--allow-empty-user", action="store_true", help="fill in empty questions instead of refusing")
-    tools = "records with calls of tools: refused, or kept without these exchanges (%(default)s)"
-    group.add_argument("--tools", choices=("reject", "drop"), default=_D.tools, help=tools)
-    roles = """who else speaks in ShareGPT and messages, as '{"甄嬛": "assistant"}'"""
-    group.add_argument("--role-map", metavar="JSON", type=parse_role_map, default={}, help=roles)
-    long = "records with a turn above --max-chars: refused, cut before it, or split around it (%(default)s)"
-    group.add_argument("--too-long", choices=("reject", "truncate", "split"), default=_D.too_long, help=long)
-    group.add_argument("--max-chars", metavar="N", type=int, default=_D.max_chars, help="longest turn (%(default)s)")
-    group.add_argument("--min-chars", metavar="N", type=int, default=_D.min_chars, help="shortest reply (%(default)s)")
-    group.add_argument("--keep-dups", action="store_true", help="keep exact duplicates")
-    share = "fail above this share of rejections (%(default)s)"
-    group.add_argument("--max-reject", metavar="SHARE", type=float, default=_D.max_reject, help=share)
-    largest = "longest record of a file in millions of characters (%(default)g)"
-    group.add_argument("--max-record", metavar="N", type=float, default=_D.max_record, help=largest)
-
-
-def _articles(group: argparse._ArgumentGroup) -> None:
-    templates = "which are asked, and for which share of the chunks (continue=1,expand=1,rewrite=1)"
-    parse = parse_templates
-    group.add_argument("--templates", metavar="LIST", type=parse, default=dict(choices.TEMPLATES), help=templates)
-    group.add_argument("--author-prompt", metavar="TEXT", default=_D.author_prompt, help="system prompt (%(default)s)")
-    tokens = "length of a chunk (300-800)"
-    group.add_argument("--chunk-tokens", metavar="N-M", type=parse_range, default=_D.chunk_tokens, help=tokens)
-    model = (
-        "model whose tokens are counted; without it, the model of config/default.json, fetched when there are articles"
-    )
-    group.add_argument("--tokenizer", metavar="MODEL", dest="tokenizer_of", help=model)
-
-
-def options_of(arguments: argparse.Namespace, tokenizer: choices.Tokenizer) -> Options:
-    """The options that the arguments name; a UsageError says what is out of bounds."""
-    values = vars(arguments).copy()
-    for name in ("inputs", "output", "preview", "check"):
-        values.pop(name)
-    model = values.pop("tokenizer_of")
-    values["characters"] = tuple(values["characters"])
-    values["background"] = tuple(values["background"])
-    return checked(Options(**values, tokenizer=lambda: tokenizer(model), tokenizer_is_local=model is not None))

@@ -12,7 +12,7 @@ from itertools import islice
 from persona.console import excerpt
 from persona.convert.draft import Draft
 from persona.convert.formats import json_rows, json_stream, tables
-from persona.convert.formats.format import Contents, FileFormat, Intake, Row, RowFormat, Tally, Text, TextFormat
+from persona.convert.formats.format import Contents, FileFormat, Row, RowFormat, Tally, Text, TextFormat
 from persona.convert.formats.recognise import (
     BY_NAME,
     EXPECTED,
@@ -25,6 +25,7 @@ from persona.convert.formats.recognise import (
     unusable,
 )
 from persona.convert.inputs import Foreign, Probe, Source, open_text, probe, read_head, read_text
+from persona.convert.ledger import Counts
 from persona.convert.options import Options
 from persona.errors import DataError, EnvironmentFault, UsageError
 from persona.files import file_sha256
@@ -57,15 +58,15 @@ class Opened:
         """The name of the format."""
         return self.format.name if self.format else "rows"
 
-    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
-        """All drafts of the file, counted in `intake`."""
-        return self._counted(options, intake) if self.format else self.contents.drafts(options, intake)
+    def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
+        """All drafts of the file, counted in `counts`."""
+        return self._counted(options, counts) if self.format else self.contents.drafts(options, counts)
 
-    def _counted(self, options: Options, intake: Intake) -> Iterator[Draft]:
+    def _counted(self, options: Options, counts: Counts) -> Iterator[Draft]:
         yield from self.bad
-        intake.repairs += self.repairs
-        for draft in self.contents.drafts(options, intake):
-            intake.formats[self.name] += 1
+        counts.repairs += self.repairs
+        for draft in self.contents.drafts(options, counts):
+            counts.formats[self.name] += 1
             yield draft
 
 

@@ -1,236 +1,230 @@
-"""The conversion in words: the account of every record and speech, the problems found, the advice, what to do next."""
+"""The report of a conversion: report.json, report.html, and what the terminal says."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from persona.console import excerpt, safe, table
 from persona.convert.cleaning import conversation_key, fold_conversation, replies_of
 from persona.convert.draft import Rejection
 from persona.convert.formats.scenes import NO_CONTEXT
 from persona.convert.inputs import find_sources
+from persona.convert.ledger import LORE, Counts
 from persona.convert.options import Options
 from persona.convert.split import fingerprint
-from persona.convert.statistics import measure
+from persona.convert.statistics import FEW_RECORDS, Statistics, advice, measure
 from persona.errors import DataError
+from persona.files import JsonObject
+from persona.pages import page
 from persona.records import SHOWN_FAULTS, Record, control_token, read_records
 
-# --- advice -----------------------------------------------------------------------------------------------------------
-# Advice in words: what in these records will hurt training, and what to do about it.
+SAMPLE = Path("data/tamsin")  # the data of config/default.json
+_REJECTIONS_SHOWN = 3  # of each code
+_EXAMPLES = 5  # records on the page
+_LONGEST = 600  # characters of an example's message
 
 
-FEW_RECORDS = 20
-SAME_PROMPT_SHARE = 0.3
-SAME_PROMPT_RECORDS = 10  # below that a share says nothing
-LONG = 2048  # tokens; data.max_length as it stands in config/default.json's class
+@dataclass(frozen=True)
+class FileReport:
+    """One file, how it was read, and what became of its content."""
 
-_TRAITS = {
-    "placeholders": "The model would say them literally: replace them; --character and --user-name fill in {{char}} "
-    "and {{user}}.",
-    "characters lost (U+FFFD)": "Characters were lost before. Export the text again as UTF-8.",
-    "garbled": "UTF-8 was read in another encoding before: --fix-text mends what can be mended.",
-    "very short replies": "They teach little: --min-chars N leaves them out.",
-    "replies that copy the prompt": "They teach the model to repeat the question: delete them.",
-    "names or roles left before the words": "The model would say them too: --strip-speaker removes names.",
-    "replies that speak as an AI": "They will be learned as the character's own words: delete them.",
-    "thinking blocks": "They will be learned as spoken words: delete them, unless that is wanted.",
-    "code, HTML or encoded data": "Is that how the character speaks? Else delete it.",
-    "one character over and over": "It will be learned: shorten it.",
-    "media or links instead of words": "They are no speech: delete them.",
-}
+    file: str
+    why: str
+    encoding: str
+    bytes: int
+    sha256: str
+    notes: list[str]
+    counts: Counts
 
 
-def about_speeches(speeches: dict[str, Any] | None) -> str | None:
-    """What to do when more of the character's lines stand alone than are learned; None otherwise."""
-    alone = speeches["not_used"].get(NO_CONTEXT, 0) if speeches else 0
-    if speeches is None or alone <= speeches["learned"]:
+@dataclass
+class Report:
+    """What became of everything that was read, and the inputs and options that made it."""
+
+    counts: Counts
+    train: int  # lines of each file
+    val: int
+    lore: int
+    characters: tuple[str, ...]
+    system_prompt: str | None
+    files: list[FileReport]
+    skipped: list[str]
+    speakers: dict[str, int]
+    names: dict[str, str]  # of the files "train" and "val"
+    statistics: Statistics
+    warnings: list[str]
+    inputs: list[str]
+    options: Options
+    articles: JsonObject | None = None
+
+    @property
+    def lore_weight(self) -> float | None:
+        """How many times each lore record is learned; None without lore."""
+        return self.options.lore_weight if has_lore(self.counts) else None
+
+    def to_json(self) -> JsonObject:
+        """The content of report.json."""
+        values = {name: value for name, value in vars(self).items() if value is not None or name == "system_prompt"}
+        files = [vars(file) | file.counts.to_json() for file in self.files]
+        for file in files:
+            del file["counts"]
+        del values["counts"]
+        return self.counts.to_json() | values | {
+            "val_ratio": self.options.ratio,
+            "lore_weight": self.lore_weight,
+            "files": files,
+            "statistics": asdict(self.statistics),
+            "options": self.options.model_dump(mode="json"),
+        }  # fmt: skip
+
+    def to_page(self, examples: Sequence[Record]) -> str:
+        """The content of report.html, with some records as examples."""
+        others = ("prompts_with_several_answers", "near_duplicates", "repeated_ids", "without_system")
+        counts = {name.replace("_", " "): getattr(self.statistics, name) for name in others}
+        noticed = self.statistics.traits | {name: count for name, count in counts.items() if count}
+        shown = examples[:_EXAMPLES]
+        return page("data_report.html", report=self, noticed=noticed, examples=shown, longest=_LONGEST)
+
+
+def readable(value: JsonObject) -> bytes:
+    """JSON for people to read."""
+    return json.dumps(value, ensure_ascii=False, indent=2).encode("utf-8", "backslashreplace")
+
+
+def has_lore(counts: Counts) -> bool:
+    """Whether some of the records are lore."""
+    return any(kind.startswith("lore") for kind in counts.kinds)
+
+
+# --- advice about a conversion ----------------------------------------------------------------------------------------
+
+
+def warnings_of(counts: Counts, held_out: int, options: Options, folder: Path) -> list[str]:
+    """What is wrong with the conversion as a whole, and what to do about it; `folder` may hold lore already."""
+    lines = []
+    if counts.written and options.ratio and not held_out:
+        lines.append(
+            "All records belong to one group, so there is no validation part. Conversations that share a scene, a "
+            "title or the words of a reply are one group."
+        )
+    if counts.written and (alone := about_speeches(counts)):
+        lines.append(alone)
+    needs_lore = (counts.speeches or options.characters) and counts.written >= FEW_RECORDS
+    if needs_lore and not has_lore(counts) and not (folder / LORE).exists():
+        lines.append(
+            "There is no lore (questions and answers about the character's life and world), so the model will invent "
+            "facts: a lore.jsonl beside the lines helps more than many more lines."
+        )
+    return lines
+
+
+def about_speeches(counts: Counts) -> str | None:
+    """What to do if more of the character's lines have no line before them than are learned; None otherwise."""
+    alone = counts.not_used[NO_CONTEXT]
+    if alone <= counts.learned or not counts.speeches:
         return None
     return (
-        f"{alone:,} lines of the character have no line before them, so only {speeches['learned']:,} are learned: "
+        f"{alone:,} lines of the character have no line before them, so only {counts.learned:,} are learned: "
         "--leading-assistant keep learns them too; in a chat --max-gap MINUTES allows longer pauses."
     )
 
 
-def warnings_of(report: dict[str, Any], sample: Sequence[dict[str, Any]]) -> list[str]:
-    """What a person should know before training on these records."""
-    if not report["written"]:
-        return []
-    found = []
-    written, statistics = report["written"], report["statistics"]
-    if written < FEW_RECORDS:
-        found.append(f"Only {written} records: the model will hardly change, or learn them by heart. Add more.")
-    if report["val_ratio"] and not report["val"]:
-        found.append(
-            "All records belong to one group, so there is no validation part. Conversations that share a scene, a "
-            "title or the words of a reply are one group."
-        )
-    alone = about_speeches(report["speeches"])
-    return found + ([alone] if alone else []) + _same_prompts(sample) + _about_persona(report) + _traits(statistics)
+# --- on the terminal --------------------------------------------------------------------------------------------------
 
 
-def _same_prompts(sample: Sequence[dict[str, Any]]) -> list[str]:
-    prompts: dict[str, int] = {}
-    for record in sample:
-        prompt = next(message["content"] for message in record["messages"] if message["role"] == "user")
-        prompts[prompt] = prompts.get(prompt, 0) + 1
-    if len(sample) < SAME_PROMPT_RECORDS:
-        return []
-    prompt, count = max(prompts.items(), key=lambda item: item[1])
-    if count <= SAME_PROMPT_SHARE * len(sample):
-        return []
-    shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
-    return [
-        f"{count:,} of {len(sample):,} records begin with the same prompt ({shown!r}). A model that is asked one thing "
-        "only learns to answer beside the question: add what was said before each reply (--context-turns where the "
-        "file has other speakers), and lore."
-    ]
+def describe(report: Report, shown: Mapping[str, Sequence[Rejection]]) -> str:
+    """The whole report in words; `shown` holds some rejections of each code."""
+    counts = report.counts
+    parts = [_files(report.files), *(f"skipped: {safe(line)}" for line in report.skipped), _outcome(report)]
+    if counts.speeches:
+        parts.append(_speeches(counts))
+    parts += _measures(report.statistics)
+    if counts.repairs:
+        parts.append(f"repaired\n{_table(dict(sorted(counts.repairs.items())))}")
+    parts += _rejections(counts.rejected_by_code, shown)
+    if counts.unknown_roles:
+        parts.append(f"unknown roles: {safe(_listed(counts.unknown_roles))}; --role-map says who they are")
+    return "\n".join([*parts, *(f"warning: {safe(line)}" for line in report.warnings)])
 
 
-def _about_persona(report: dict[str, Any]) -> list[str]:
-    """What a character needs besides its lines."""
-    found = []
-    kinds, statistics = report["kinds"], report["statistics"]
-    spoken = report["speeches"] is not None or report["characters"]
-    if (
-        spoken
-        and not report["lore_beside"]
-        and not any(kind.startswith("lore") for kind in kinds)
-        and report["written"] >= FEW_RECORDS
-    ):
-        found.append(
-            "There is no lore (questions and answers about the character's life and world), so facts will be "
-            "invented: a lore.jsonl beside the lines helps more than many more lines."
-        )
-    lengths = statistics["record_tokens"]
-    if lengths and lengths["longest"] > LONG:
-        long = sum(count for bound, count in lengths["histogram"] if bound is None or bound > LONG)
-        found.append(
-            f"{long:,} of {statistics['measured']:,} records are longer than {LONG} tokens "
-            f"({statistics['tokens_by']}): raise data.max_length, or earlier turns are not seen and replies that are "
-            "too long are left out."
-        )
-    shares = statistics["languages"]
-    if len(shares) > 1 and 0.02 < min(shares.values()) / statistics["measured"] < 0.1:
-        odd = min(shares, key=lambda name: shares[name])
-        found.append(f"{shares[odd]:,} of {statistics['measured']:,} records answer in another language ({odd}).")
-    return found
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def _traits(statistics: dict[str, Any]) -> list[str]:
-    found = []
-    for name, count in statistics["traits"].items():
-        if name in _TRAITS:
-            shown = f" ({', '.join(statistics['placeholders'])})" if name == "placeholders" else ""
-            found.append(f"{count:,} of {statistics['measured']:,} records hold {name}{shown}. {_TRAITS[name]}")
-    if statistics["personal_data"]:
-        listed = ", ".join(f"{kind} {count:,}" for kind, count in statistics["personal_data"].items())
-        found.append(f"Personal data was found ({listed}); the model may say it again: --redact masks it.")
-    if statistics["near_duplicates"]:
-        found.append(
-            f"Records that differ from another one only in case or punctuation: {statistics['near_duplicates']:,}; "
-            "they are kept and learned twice."
-        )
-    if statistics["repeated_ids"]:
-        found.append(f"{statistics['repeated_ids']:,} records have an id that another one has too; both are kept.")
-    return found
+def _table(counts: Mapping[str, int]) -> str:
+    return table((name, f"{count:,}") for name, count in counts.items())
 
 
-SAMPLE = Path("data/tamsin")  # what config/default.json trains on
-_EXAMPLES = 3  # rejections shown of each code
-
-
-def describe(report: dict[str, Any], shown: Mapping[str, Sequence[Rejection]]) -> str:
-    """All that is said of a conversion, but for the files written."""
-    parts = [_files(report), *(f"skipped: {safe(line)}" for line in report["skipped"]), _account(report)]
-    if report["speeches"]:
-        parts.append(_speeches(report["speeches"]))
-    parts += measures(report)
-    if report["repairs"]:
-        parts.append("repaired\n" + table((name, f"{count:,}") for name, count in report["repairs"].items()))
-    if shown:
-        parts.append(_problems(report["rejected_by_code"], shown))
-    if report["unknown_roles"]:
-        listed = ", ".join(f"{name} ({count:,})" for name, count in report["unknown_roles"].items())
-        parts.append(f"roles that are not known: {safe(listed)}; --role-map says who they are")
-    return "\n".join([*parts, *(f"warning: {safe(line)}" for line in report["warnings"])])
-
-
-def _files(report: dict[str, Any]) -> str:
+def _files(files: Sequence[FileReport]) -> str:
     lines = []
-    for entry in report["files"][:SHOWN_FAULTS]:
-        formats = " + ".join(f"{name} ({count:,})" for name, count in entry["formats"].items())
-        encoding = "" if entry["encoding"] == "utf-8" else f" [{entry['encoding']}]"
-        lines.append(f"{safe(entry['file'])}{encoding}: {formats}: {safe(entry['why'])}")
-        lines += [f"  note: {safe(note)}" for note in entry["notes"]]
-    if (more := len(report["files"]) - SHOWN_FAULTS) > 0:
+    for entry in files[:SHOWN_FAULTS]:
+        formats = " + ".join(f"{name} ({count:,})" for name, count in entry.counts.formats.items())
+        encoding = "" if entry.encoding == "utf-8" else f" [{entry.encoding}]"
+        lines.append(f"{safe(entry.file)}{encoding}: {formats}: {safe(entry.why)}")
+        lines += [f"  note: {safe(note)}" for note in entry.notes]
+    if (more := len(files) - SHOWN_FAULTS) > 0:
         lines.append(f"... and {more:,} more files, all in report.json")
     return "\n".join(lines)
 
 
-def _account(report: dict[str, Any]) -> str:
-    outcome = " + ".join(f"{name} {report[name]:,}" for name in ("written", "rejected", "duplicates"))
-    parts = f"training {report['train']:,}, validation {report['val']:,}"
-    if report["lore"]:
-        parts += f", lore {report['lore']:,}"
-    lines = [f"records: read {report['read']:,} = {outcome} ({parts})"]
-    if len(report["kinds"]) > 1:
-        kinds = ", ".join(f"{name} {count:,}" for name, count in report["kinds"].items())
-        lines.append(f"kinds: {kinds}")
-    if report["lore_weight"] and not report["lore"]:
-        lines.append(f"each lore record is {report['lore_weight']:g} times in the training part (--lore-weight)")
-    if articles := report.get("articles"):
+def _outcome(report: Report) -> str:
+    counts, lore = report.counts, f", lore {report.lore:,}" if report.lore else ""
+    lines = [
+        f"records: read {counts.read:,} = written {counts.written:,} + rejected {counts.rejected:,} + duplicates "
+        f"{counts.duplicates:,} (training {report.train:,}, validation {report.val:,}{lore})"
+    ]
+    if len(counts.kinds) > 1:
+        lines.append(f"kinds: {_listed(dict(sorted(counts.kinds.items())))}")
+    if report.lore_weight and not report.lore:
+        lines.append(f"each lore record is {report.lore_weight:g} times in the training part (--lore-weight)")
+    if articles := report.articles:
+        low, high = report.options.chunk_tokens
         dropped = "".join(f", {name}: {count:,}" for name, count in articles["dropped"].items())
-        outside = f", {articles['chunks_outside']:,} outside {'-'.join(map(str, articles['chunk_tokens']))} tokens"
         lines.append(
-            f"articles: {articles['total_articles']:,} in {articles['chunks']:,} chunks{outside}"
-            f" (counted by {articles['tokenizer']}){dropped}"
+            f"articles: {articles['total_articles']:,} in {articles['chunks']:,} chunks, "
+            f"{articles['chunks_outside']:,} outside {low}-{high} tokens (counted by {articles['tokenizer']}){dropped}"
         )
     return "\n".join(lines)
 
 
-def _speeches(speeches: dict[str, Any]) -> str:
-    unused = sum(speeches["not_used"].values())
-    learned, context = speeches["learned"], speeches["context"]
-    head = f"speeches: {speeches['total']:,} = learned {learned:,} + context {context:,} + not used {unused:,}"
-    if not unused:
-        return head
-    return f"{head}, of these\n" + table((reason, f"{count:,}") for reason, count in speeches["not_used"].items())
+def _speeches(counts: Counts) -> str:
+    unused = counts.not_used.total()
+    parts = f"learned {counts.learned:,} + context {counts.context:,} + not used {unused:,}"
+    return f"speeches: {counts.speeches:,} = {parts}" + (f", of these\n{_table(+counts.not_used)}" if unused else "")
 
 
-def measures(report: dict[str, Any]) -> list[str]:
-    """The measures of the records in two lines; report.html has them all."""
-    statistics = report["statistics"]
-    if not statistics["measured"]:
+def _measures(statistics: Statistics) -> list[str]:
+    records, replies = statistics.record_tokens, statistics.reply_tokens
+    if records is None or replies is None:
         return []
-    records, replies = statistics["record_tokens"], statistics["reply_tokens"]
-    languages = ", ".join(f"{name} {count:,}" for name, count in statistics["languages"].items())
-    sampled = "" if statistics["measured"] == statistics["of"] else f" in a sample of {statistics['measured']:,}"
+    sampled = "" if statistics.measured == statistics.of else f" in a sample of {statistics.measured:,}"
     return [
-        f"tokens ({statistics['tokens_by']}){sampled}: records median {records['median']:,}, longest "
-        f"{records['longest']:,}; replies median {replies['median']:,}, longest {replies['longest']:,}",
-        f"languages of the replies: {languages}",
+        f"tokens ({statistics.tokens_by}){sampled}: records median {records.median:,}, longest "
+        f"{records.longest:,}; replies median {replies.median:,}, longest {replies.longest:,}",
+        f"languages of the replies: {_listed(statistics.languages)}",
     ]
 
 
-def _problems(by_code: dict[str, int], shown: Mapping[str, Sequence[Rejection]]) -> str:
+def _rejections(by_code: Mapping[str, int], shown: Mapping[str, Sequence[Rejection]]) -> list[str]:
     lines = []
     left = SHOWN_FAULTS
-    for code, count in by_code.items():
+    for code, count in sorted(by_code.items()):
         lines.append(f"rejected {code}: {count:,}")
-        listed = list(shown[code])[: min(_EXAMPLES, left)]
+        listed = shown[code][: min(_REJECTIONS_SHOWN, left)]
         left -= len(listed)
         for rejection in listed:
             place = f"{rejection.file}:{rejection.line} | {rejection.path}"
             lines.append(safe(f"  {place} | {rejection.reason} | {rejection.fix}"))
         if count > len(listed):
             lines.append(f"  ... and {count - len(listed):,} more in rejected.jsonl")
-    return "\n".join(lines)
+    return lines
 
 
-def preview(records: Sequence[Record], count: int, total: int) -> str:
-    """The first `count` records as a person reads a conversation."""
+def preview(records: Sequence[Record], total: int) -> str:
+    """The records, of `total` ones, as a person reads a conversation."""
     parts = []
-    for number, record in enumerate(records[:count], 1):
+    for number, record in enumerate(records, 1):
         parts.append(f"--- record {number} of {total:,}, {safe(str(record.meta['group']))}")
         for message in record.messages:
             words = safe(message["content"]).replace("\n", "\n" + " " * 11)
@@ -238,114 +232,95 @@ def preview(records: Sequence[Record], count: int, total: int) -> str:
     return "\n".join(parts)
 
 
-def verdict(report: dict[str, Any], max_reject: float) -> str | None:
-    """Why the conversion failed, or None when it is good."""
-    read, rejected = report["read"], report["rejected"]
-    if not report["written"]:
-        said = f"No record could be used ({read:,} read, {rejected:,} rejected), so no training file was written."
-        return "\n".join(line for line in (said, about_speeches(report["speeches"])) if line)
-    if rejected > max_reject * read:
-        share = f"{rejected:,} of {read:,} records ({100 * rejected / read:.1f} %) were rejected"
-        return (
-            f"{share}, more than --max-reject {max_reject:g}. Mend what rejected.jsonl names; the others can be used."
-        )
-    return None
-
-
-def speaks_with(report: dict[str, Any]) -> str | None:
-    """The line that names the system prompt which chat will speak with, where the data has one."""
-    prompt = report["system_prompt"]
+def verdict(counts: Counts, max_reject: float) -> str | None:
+    """Why the conversion failed, or None if it is good."""
+    read, rejected = f"{counts.read:,}", f"{counts.rejected:,}"
+    if not counts.written:
+        line = f"No record could be used ({read} read, {rejected} rejected), so no training file was written."
+        return "\n".join(filter(None, (line, about_speeches(counts))))
+    if counts.rejected <= max_reject * counts.read:
+        return None
     return (
-        f"system prompt of chat (data.system_prompt null takes it from the data): {excerpt(prompt, 100)}"
-        if prompt
-        else None
+        f"{rejected} of {read} records ({100 * counts.rejected / counts.read:.1f} %) were rejected, more than "
+        f"--max-reject {max_reject:g}. Fix the lines that rejected.jsonl names; the others can be used."
     )
 
 
-def next_command(report: dict[str, Any], output: Path) -> str:
-    """The command that trains on what was written, with nothing of the sample's own settings in force."""
-    if report["val"] and output.resolve() == SAMPLE.resolve():
+def next_steps(report: Report, output: Path) -> str:
+    """The system prompt that chat will use, if the data has one, and the command that trains on the new files."""
+    prompt = f"system prompt in chat, from the data: {excerpt(report.system_prompt)}\n" if report.system_prompt else ""
+    validation = report.names["val"] if report.val else None
+    weight = report.lore_weight if report.lore else None
+    return f"{prompt}next:\n  {next_command(output, report.names['train'], validation, weight)}"
+
+
+def next_command(output: Path, train: str, validation: str | None, lore_weight: float | None) -> str:
+    """The command that trains on the files in `output`, and on nothing of the sample."""
+    if validation and output.resolve() == SAMPLE.resolve():
         return "python finetune.py"
     settings = {
-        "data.train_file": (output / report["names"]["train"]).as_posix(),
-        "data.validation_file": (output / report["names"]["val"]).as_posix() if report["val"] else "null",
-        "data.lore_file": (output / "lore.jsonl").as_posix() if report["lore"] else "null",
+        "data.train_file": (output / train).as_posix(),
+        "data.validation_file": (output / validation).as_posix() if validation else "null",
+        "data.lore_file": (output / LORE).as_posix() if lore_weight else "null",
         "data.system_prompt": "null",
         "training.output_dir": f"outputs/{output.resolve().name}",
     }
-    if report["lore"] and report["lore_weight"]:
-        settings["data.lore_weight"] = f"{report['lore_weight']:g}"
-    return " ".join(["python finetune.py", *(_setting(name, value) for name, value in settings.items())])
-
-
-def _setting(name: str, value: str) -> str:
-    text = f"{name}={value}"
-    return f'--set "{text}"' if " " in text else f"--set {text}"
+    if lore_weight:
+        settings["data.lore_weight"] = f"{lore_weight:g}"
+    pairs = [f"{name}={value}" for name, value in settings.items()]
+    return " ".join(["python finetune.py", *(f'--set "{pair}"' if " " in pair else f"--set {pair}" for pair in pairs)])
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
-# --check: the data report on files that are converted already, and whether anything is on both sides of the split.
 
 
 def describe_check(inputs: Sequence[str], options: Options) -> str:
-    """What is in the files, in words; a DataError when they cannot be trained on together."""
+    """The data report on files that are converted already; a DataError if training and validation overlap."""
     sources, _ = find_sources(inputs)
     files = {source.path: read_records(source.path) for source in sources if source.path.suffix == ".jsonl"}
     if not files:
-        raise DataError(f"No .jsonl file in {', '.join(inputs)}. --check reads what this tool has written.")
-    lines: list[str] = []
-    for path, records in files.items():
-        lines.append(_file(path, records, options))
-    leaks = list(_leaks(files))
-    if leaks:
-        raise DataError("\n".join([*lines, *leaks, "Convert the raw files again: the split is made anew."]))
-    return "\n".join([*lines, "no group, conversation or reply stands both in training and in validation"])
+        raise DataError(f"No .jsonl file in {', '.join(inputs)}. --check reads files that this tool has written.")
+    lines = [_checked(path, records, options) for path, records in files.items()]
+    if overlaps := list(_overlaps(files)):
+        raise DataError("\n".join([*lines, *overlaps, "Convert the raw files again: the split is made anew."]))
+    return "\n".join([*lines, "no group, conversation or reply is both in training and in validation"])
 
 
-def _file(path: Path, records: list[Record], options: Options) -> str:
-    keys = [conversation_key(fold_conversation(record.messages)) for record in records]
+def _checked(path: Path, records: list[Record], options: Options) -> str:
+    keys = {conversation_key(fold_conversation(record.messages)) for record in records}
     kinds: dict[str, int] = {}
     for record in records:
         kind = str(record.meta.get("type", "dialogue"))
         kinds[kind] = kinds.get(kind, 0) + 1
-    sample = [{"messages": list(record.messages), "meta": record.meta} for record in records]
-    tokens = sum(any(control_token(m["content"]) for m in record.messages) for record in records)
-    shown: dict[str, Any] = {
-        "written": len(records),
-        "val_ratio": 0,
-        "val": 0,
-        "kinds": kinds,
-        "speeches": None,
-        "characters": [],
-        "lore_beside": True,
-        "statistics": measure(sample, len(sample), options.tokenizer if options.tokenizer_is_local else None),
-    }
-    found = warnings_of(shown, sample)
-    if tokens:
-        found.append(f"{tokens:,} records hold control tokens; convert the file to have them refused by name.")
-    repeated = len(keys) - len(set(keys))
-    listed = ", ".join(f"{name} {count:,}" for name, count in sorted(kinds.items()))
-    head = f"{path}: {len(records):,} records ({listed}), {repeated:,} of them repetitions"
-    return "\n".join([head, *(f"  {line}" for line in measures(shown)), *(f"  warning: {safe(w)}" for w in found)])
+    statistics = measure(records, len(records), options.load_tokenizer if options.tokenizer else None)
+    warnings = advice(records, statistics)
+    if tokens := sum(any(control_token(m["content"]) for m in record.messages) for record in records):
+        warnings.append(f"{tokens:,} records hold control tokens; convert the file to have them refused by name.")
+    kinds = dict(sorted(kinds.items()))
+    head = f"{path}: {len(records):,} records ({_listed(kinds)}), {len(records) - len(keys):,} of them repetitions"
+    return "\n".join([head, *(f"  {s}" for s in _measures(statistics)), *(f"  warning: {safe(w)}" for w in warnings)])
 
 
-def _leaks(files: dict[Path, list[Record]]) -> Iterator[str]:
-    """What stands on both sides: files whose name says val, dev or test against the others."""
+def _overlaps(files: dict[Path, list[Record]]) -> Iterator[str]:
+    """What training and validation have in common; files whose name says val, dev or test are validation."""
     held = {path for path in files if any(part in path.stem.lower() for part in ("val", "dev", "test"))}
     if not held or len(held) == len(files):
         return
-    seen = {side: _contents(files[path] for path in files if (path in held) == side) for side in (False, True)}
-    for what in ("conversations", "groups", "replies"):
-        if common := seen[False][what] & seen[True][what]:
-            yield f"{len(common):,} {what} stand both in training and in validation"
+    train, validation = (
+        _contents(record for path in files if (path in held) == side for record in files[path])
+        for side in (False, True)
+    )
+    for what in train:
+        if common := train[what] & validation[what]:
+            yield f"{len(common):,} {what} are both in training and in validation"
 
 
-def _contents(files: Iterator[list[Record]]) -> dict[str, set[Any]]:
-    found: dict[str, set[Any]] = {"conversations": set(), "groups": set(), "replies": set()}
-    for record in (record for records in files for record in records):
+def _contents(records: Iterable[Record]) -> dict[str, set[str | int]]:
+    contents: dict[str, set[str | int]] = {"conversations": set(), "groups": set(), "replies": set()}
+    for record in records:
         folded = fold_conversation(record.messages)
-        found["conversations"].add(conversation_key(folded))
-        found["replies"] |= set(map(fingerprint, replies_of(folded)))
+        contents["conversations"].add(conversation_key(folded))
+        contents["replies"] |= set(map(fingerprint, replies_of(folded)))
         if "group" in record.meta:
-            found["groups"].add(str(record.meta["group"]))
-    return found
+            contents["groups"].add(str(record.meta["group"]))
+    return contents

@@ -1,87 +1,157 @@
-"""What a data report counts: lengths, languages, repetitions, and traces of what went wrong before.
+"""The data report's measures of records: lengths, languages, repetitions, and traits that hurt training.
 
-Measured on the records in their random order, so that the first few thousand stand for all; each trait is a function of
-one record.
+They are measured on records in random order, so that the first few thousand represent all.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from persona.console import excerpt
 from persona.convert.cleaning import fold, garbled, personal_data
-from persona.convert.options import Tokenize
-from persona.records import CHARACTER, MACRO, language, speaks_as_ai
+from persona.convert.options import Tokenize, Tokenizer
+from persona.records import CHARACTER, MACRO, Record, language, speaks_as_ai
 
 _PREFIX = re.compile(r"(?:Human|User|Assistant|AI|USER|ASSISTANT|### ?\w{4,12}|用户|助手)[:：]|[\u4e00-\u9fff]{2,4}：")
-_REPEATED = re.compile(r"(.)\1{199}", re.DOTALL)
-_CODE = re.compile(r"[A-Za-z0-9+/]{400}|</(?:div|span|p|td)>")
+_RUN = 200  # characters
+_ENCODED = re.compile(r"[A-Za-z0-9+/]{400}")
+_HTML = re.compile(r"</(?:div|span|p|td)>")
 _HIDDEN = re.compile("[\u200b\u200c\u2060\u202a-\u202e\u2066-\u2069]")
 _MEDIA = re.compile(r"\[(?:图片|语音|视频|表情|文件)\]|<Media omitted>|撤回了一条消息|https?://\S+")
-_ROUND = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SHORT = 2  # characters; a reply of one or two teaches little
 
 
-def _replies(record: dict[str, Any]) -> list[str]:
-    return [message["content"] for message in record["messages"] if message["role"] == "assistant"]
+def _text(record: Record) -> str:
+    return "\n".join(message["content"] for message in record.messages)
 
 
-def _prompts(record: dict[str, Any]) -> list[str]:
-    return [message["content"] for message in record["messages"] if message["role"] == "user"]
+def _is_code(text: str) -> bool:
+    words = [word for word in text.split() if len(word) >= 400]  # to split is faster than the pattern
+    return _HTML.search(text) is not None or any(map(_ENCODED.search, words))
 
 
-def _text(record: dict[str, Any]) -> str:
-    return "\n".join(message["content"] for message in record["messages"])
+def _has_run(text: str) -> bool:
+    """Whether one character is repeated 200 times; found a hundred times as fast as with a pattern."""
+    starts = range(0, len(text), _RUN // 2)  # a run fills one of these blocks at least
+    return any(text[i : i + _RUN // 2] == text[i] * (_RUN // 2) and text[i] * _RUN in text for i in starts)
 
 
-# Each says whether a record has the trait; the names are those of the report.
-TRAITS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "placeholders": lambda record: MACRO.search(_text(record)) is not None,
-    "characters lost (U+FFFD)": lambda record: "\ufffd" in _text(record),
-    "garbled": lambda record: garbled(_text(record)),
-    "invisible characters": lambda record: _HIDDEN.search(_text(record)) is not None,
-    "very short replies": lambda record: any(len(reply) <= SHORT for reply in _replies(record)),
-    "replies that copy the prompt": lambda record: any(
-        fold(prompt) == fold(reply) for prompt, reply in zip(_prompts(record), _replies(record), strict=False)
+def _copies_prompt(record: Record) -> bool:
+    return any(fold(prompt) == fold(reply) for prompt, reply in zip(record.prompts, record.replies, strict=False))
+
+
+# The traits of a record by their names in the report, each with what to do about it.
+TRAITS: dict[str, tuple[Callable[[Record], object], str]] = {
+    "placeholders": (
+        lambda record: MACRO.search(_text(record)),
+        "The model would say them literally: replace them. --character and --user-name fill in {{char}} and {{user}}.",
     ),
-    "names or roles left before the words": lambda record: any(_PREFIX.match(reply) for reply in _replies(record)),
-    "replies that speak as an AI": lambda record: any(speaks_as_ai(reply) for reply in _replies(record)),
-    "thinking blocks": lambda record: any("<think>" in reply for reply in _replies(record)),
-    "code, HTML or encoded data": lambda record: _CODE.search(_text(record)) is not None,
-    "one character over and over": lambda record: _REPEATED.search(_text(record)) is not None,
-    "media or links instead of words": lambda record: any(_MEDIA.fullmatch(reply) for reply in _replies(record)),
+    "characters lost (U+FFFD)": (
+        lambda record: "\ufffd" in _text(record),
+        "Characters were lost before. Export the text again as UTF-8.",
+    ),
+    "garbled": (
+        lambda record: garbled(_text(record)),
+        "UTF-8 was read in another encoding before (mojibake): --fix-text repairs it where that is possible.",
+    ),
+    "invisible characters": (lambda record: _HIDDEN.search(_text(record)), ""),
+    "very short replies": (
+        lambda record: any(len(reply) <= SHORT for reply in record.replies),
+        "They teach little: --min-chars N leaves them out.",
+    ),
+    "replies that copy the prompt": (_copies_prompt, "They teach the model to repeat the question: delete them."),
+    "names or roles left before the words": (
+        lambda record: any(map(_PREFIX.match, record.replies)),
+        "The model would say them too: --strip-speaker removes names.",
+    ),
+    "replies that speak as an AI": (
+        lambda record: any(map(speaks_as_ai, record.replies)),
+        "The model would learn them as the character's own words: delete them.",
+    ),
+    "thinking blocks": (
+        lambda record: any("<think>" in reply for reply in record.replies),
+        "The model would learn them as spoken words: delete them, unless you want that.",
+    ),
+    "code, HTML or encoded data": (
+        lambda record: _is_code(_text(record)),
+        "Delete it, unless the character speaks like this.",
+    ),
+    "one character over and over": (
+        lambda record: _has_run(_text(record)),
+        "The model would learn it: shorten it.",
+    ),
+    "media or links instead of words": (
+        lambda record: any(map(_MEDIA.fullmatch, record.replies)),
+        "They are not speech: delete them.",
+    ),
 }
 
 
-def measure(
-    sample: Sequence[dict[str, Any]], total: int, tokenizer: Callable[[], tuple[str, Tokenize]] | None
-) -> dict[str, Any]:
-    """The numbers of the data report, from a random sample of the records."""
+@dataclass(frozen=True)
+class Distribution:
+    """Lengths in tokens: a histogram with doubling bounds, and four figures."""
+
+    mean: float
+    median: int
+    p95: int
+    longest: int
+    histogram: list[tuple[int | None, int]]  # upper bound (None: no bound) and count
+
+    @property
+    def bars(self) -> dict[str, int]:
+        """The histogram with its bounds in words."""
+        return {f"up to {bound:,}" if bound else "more": count for bound, count in self.histogram}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The measures of a random sample of the records."""
+
+    measured: int
+    of: int
+    tokens_by: str
+    record_tokens: Distribution | None
+    reply_tokens: Distribution | None
+    exchanges: dict[int, int]
+    languages: dict[str, int]
+    same_prompts: list[tuple[str, int]]
+    prompts_with_several_answers: int
+    near_duplicates: int
+    repeated_ids: int
+    traits: dict[str, int]
+    placeholders: dict[str, int]
+    personal_data: dict[str, int]
+    without_system: int
+
+
+def measure(sample: Sequence[Record], total: int, tokenizer: Tokenizer | None) -> Statistics:
+    """The measures of a random sample of `total` records; without a tokenizer, tokens are estimated."""
     name, tokenize = tokenizer() if tokenizer and sample else ("an estimate", None)
-    lengths = [sum(_tokens(message["content"], tokenize) for message in record["messages"]) for record in sample]
-    replies = [_tokens(reply, tokenize) for record in sample for reply in _replies(record)]
-    prompts = Counter(_prompts(record)[0] for record in sample)
-    found: Counter[str] = Counter()
-    for record in sample:
-        found.update(personal_data(_text(record)))
-    return {
-        "measured": len(sample),
-        "of": total,
-        "tokens_by": name,
-        "record_tokens": _distribution(lengths),
-        "reply_tokens": _distribution(replies),
-        "exchanges": dict(sorted(Counter(len(_replies(record)) for record in sample).items())),
-        "languages": dict(Counter(language(" ".join(_replies(record))) for record in sample).most_common()),
-        "same_prompts": [[excerpt(prompt, 60), count] for prompt, count in prompts.most_common(5) if count > 1],
-        "prompts_with_several_answers": sum(count > 1 for count in prompts.values()),
-        "near_duplicates": _near_duplicates(sample),
-        "repeated_ids": _repeated_ids(sample),
-        "traits": {name: count for name, has in TRAITS.items() if (count := sum(map(has, sample)))},
-        "placeholders": dict(_placeholders(sample).most_common(5)),
-        "personal_data": dict(found.most_common()),
-        "without_system": sum(record["messages"][0]["role"] != "system" for record in sample),
-    }
+    prompts = Counter(record.prompts[0] for record in sample)
+    personal = sum((personal_data(_text(record)) for record in sample), Counter[str]())
+    placeholders = Counter(name for record in sample for name in set(MACRO.findall(_text(record))))
+    traits = {trait: sum(bool(has(record)) for record in sample) for trait, (has, _) in TRAITS.items()}
+    return Statistics(
+        measured=len(sample),
+        of=total,
+        tokens_by=name,
+        record_tokens=_distribution(
+            [sum(_tokens(message["content"], tokenize) for message in record.messages) for record in sample]
+        ),
+        reply_tokens=_distribution([_tokens(reply, tokenize) for record in sample for reply in record.replies]),
+        exchanges=dict(sorted(Counter(len(record.replies) for record in sample).items())),
+        languages=dict(Counter(language(" ".join(record.replies)) for record in sample).most_common()),
+        same_prompts=[(excerpt(prompt, 60), count) for prompt, count in prompts.most_common(5) if count > 1],
+        prompts_with_several_answers=sum(count > 1 for count in prompts.values()),
+        near_duplicates=_near_duplicates(sample),
+        repeated_ids=_repeated_ids(sample),
+        traits={trait: count for trait, count in traits.items() if count},
+        placeholders=dict(placeholders.most_common(5)),
+        personal_data=dict(personal.most_common()),
+        without_system=sum(record.system is None for record in sample),
+    )
 
 
 def _tokens(text: str, tokenize: Tokenize | None) -> int:
@@ -89,40 +159,96 @@ def _tokens(text: str, tokenize: Tokenize | None) -> int:
 
 
 def estimate(text: str) -> int:
-    """About how many tokens a text has: 4 characters each, of Chinese 4 in 3."""
+    """Roughly how many tokens a text has: 4 characters each, of Chinese 4 in 3."""
     chinese = len(CHARACTER.findall(text))
     return round(chinese * 0.75 + (len(text) - chinese) / 4 + 0.5)
 
 
-def _distribution(values: list[int]) -> dict[str, Any]:
-    """A histogram with doubling bounds, and what stands out of it."""
+def _distribution(values: list[int]) -> Distribution | None:
     if not values:
-        return {}
+        return None
     ordered = sorted(values)
-    bounds = [*_ROUND, None]
-    counts = [0] * len(bounds)
-    for value in values:
-        counts[next(i for i, bound in enumerate(bounds) if bound is None or value <= bound)] += 1
-    return {
-        "mean": round(sum(values) / len(values), 1),
-        "median": ordered[len(ordered) // 2],
-        "p95": ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)],
-        "longest": ordered[-1],
-        "histogram": [[bound, count] for bound, count in zip(bounds, counts, strict=True) if count],
-    }
+    counts = Counter(next((bound for bound in _BOUNDS if value <= bound), None) for value in values)
+    return Distribution(
+        mean=round(sum(values) / len(values), 1),
+        median=ordered[len(ordered) // 2],
+        p95=ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)],
+        longest=ordered[-1],
+        histogram=[(bound, counts[bound]) for bound in (*_BOUNDS, None) if counts[bound]],
+    )
 
 
-def _near_duplicates(sample: Sequence[dict[str, Any]]) -> int:
-    """Records that differ from another one in case, punctuation or spaces only."""
+def _near_duplicates(sample: Sequence[Record]) -> int:
+    """How many records differ from another one in case, punctuation or spaces only."""
     keys = Counter(re.sub(r"[\W_]+", "", fold(_text(record)).casefold()) for record in sample)
     return sum(count - 1 for key, count in keys.items() if key)
 
 
-def _repeated_ids(sample: Sequence[dict[str, Any]]) -> int:
-    extras = [record["meta"].get("extra") for record in sample]
+def _repeated_ids(sample: Sequence[Record]) -> int:
+    extras = [record.meta.get("extra") for record in sample]
     ids = Counter(str(extra["id"]) for extra in extras if isinstance(extra, dict) and "id" in extra)
     return sum(count - 1 for count in ids.values())
 
 
-def _placeholders(sample: Sequence[dict[str, Any]]) -> Counter[str]:
-    return Counter(name for record in sample for name in set(MACRO.findall(_text(record))))
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+FEW_RECORDS = 20
+SAME_PROMPT_SHARE = 0.3
+SAME_PROMPT_RECORDS = 10  # of fewer records a share says nothing
+LONG = 2048  # tokens; the default of data.max_length
+
+
+def advice(sample: Sequence[Record], statistics: Statistics) -> list[str]:
+    """What in these records will hurt training, and what to do about it."""
+    lines = []
+    if 0 < statistics.of < FEW_RECORDS:
+        lines.append(f"Only {statistics.of} records: the model will hardly change, or learn them by heart. Add more.")
+    return [*lines, *_about_prompts(sample), *_about_lengths(statistics), *_about_traits(statistics)]
+
+
+def _about_prompts(sample: Sequence[Record]) -> list[str]:
+    if len(sample) < SAME_PROMPT_RECORDS:
+        return []
+    ((prompt, count),) = Counter(record.prompts[0] for record in sample).most_common(1)
+    if count <= SAME_PROMPT_SHARE * len(sample):
+        return []
+    shown = prompt if len(prompt) <= 40 else prompt[:39] + "…"
+    return [
+        f"{count:,} of {len(sample):,} records begin with the same prompt ({shown!r}). A model that is asked one thing "
+        "only learns to ignore the question: add what was said before each reply (--context-turns if the file has "
+        "other speakers), and lore."
+    ]
+
+
+def _about_lengths(statistics: Statistics) -> list[str]:
+    lines = []
+    measured, lengths, languages = statistics.measured, statistics.record_tokens, statistics.languages
+    if lengths and lengths.longest > LONG:
+        long = sum(count for bound, count in lengths.histogram if bound is None or bound > LONG)
+        lines.append(
+            f"{long:,} of {measured:,} records are longer than {LONG} tokens ({statistics.tokens_by}): raise "
+            "data.max_length, or training drops their earlier turns, and replies that are too long."
+        )
+    if len(languages) > 1 and 0.02 < min(languages.values()) / measured < 0.1:
+        odd = min(languages, key=lambda name: languages[name])
+        lines.append(f"{languages[odd]:,} of {measured:,} records answer in another language ({odd}).")
+    return lines
+
+
+def _about_traits(statistics: Statistics) -> list[str]:
+    lines = []
+    for name, count in statistics.traits.items():
+        shown = f" ({', '.join(statistics.placeholders)})" if name == "placeholders" else ""
+        if words := TRAITS[name][1]:
+            lines.append(f"{count:,} of {statistics.measured:,} records hold {name}{shown}. {words}")
+    if statistics.personal_data:
+        listed = ", ".join(f"{kind} {count:,}" for kind, count in statistics.personal_data.items())
+        lines.append(f"Personal data was found ({listed}); the model may say it again: --redact masks it.")
+    if statistics.near_duplicates:
+        lines.append(
+            f"{statistics.near_duplicates:,} records differ from another one only in case or punctuation; "
+            "they are kept and learned twice."
+        )
+    if statistics.repeated_ids:
+        lines.append(f"{statistics.repeated_ids:,} records have the id of another one; both are kept.")
+    return lines

@@ -6,9 +6,8 @@ import os
 import pytest
 from making.converting import convert_data, convert_paths
 
-from persona.convert.command import checked, parse_role_map
+from persona.convert.command import choose
 from persona.convert.inputs import find_sources
-from persona.convert.options import Options
 from persona.errors import DataError, UsageError
 
 
@@ -272,7 +271,7 @@ def test_what_is_refused(row, code):
     assert said(conversion) == SAID
 
 
-PALACE = parse_role_map('{"甄嬛": "assistant", "皇上": "user"}')
+PALACE = {"甄嬛": "assistant", "皇上": "user"}
 OPENING = ("u", "(The conversation begins.)")
 TOOL = (("h", "t"), ("function_call", "{}"), ("observation", "{}"), ("g", "done"))
 
@@ -281,7 +280,7 @@ TOOL = (("h", "t"), ("function_call", "{}"), ("observation", "{}"), ("g", "done"
     ("row", "options", "expected"),
     [
         (talk(("皇上", "hi"), ("甄嬛", "ho")), {"role_map": PALACE}, SAID),
-        (talk(("g", "hi"), ("h", "ho")), {"role_map": parse_role_map('{"gpt": "user", "human": "assistant"}')}, SAID),
+        (talk(("g", "hi"), ("h", "ho")), {"role_map": {"gpt": "user", "human": "assistant"}}, SAID),
         (talk(("g", "hello"), *PAIR), {"leading_assistant": "keep"}, [OPENING, ("a", "hello"), *SAID]),  # 44
         (talk(("g", "hello"), *PAIR), {}, SAID),
         (talk(("h", "hi"), ("h", "you"), ("g", "ho")), {"merge_consecutive": True}, [("u", "hi\nyou"), ("a", "ho")]),
@@ -324,7 +323,7 @@ def test_extra_keys_are_kept_and_double_ids_noticed():  # 56, 57
     conversion = convert_data(rows)
     assert conversion.records[0].meta["extra"] == {"id": "same"}
     assert conversion.report["repairs"] == {"other keys with long values dropped": 2}
-    assert "an id that another one has too" in warned(conversion)
+    assert "have the id of another one" in warned(conversion)
 
 
 # --- contents and the whole set ------------------------------------------------------------------------------------
@@ -377,4 +376,4 @@ def test_the_split_hardly_moves_when_rows_are_added():  # 81
 )
 def test_options_are_bounded(options):
     with pytest.raises(UsageError, match="--"):
-        checked(Options(**options))
+        choose(options)

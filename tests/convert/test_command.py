@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from persona.convert.command import choose, command_of, parser
+from persona.convert.options import Options
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "data" / "examples"
 
@@ -69,6 +72,108 @@ def test_usage_errors(arguments, said):
     assert not (ROOT / "x").exists()
 
 
+CHANGED = {
+    **{"characters": ("Edda", "艾达"), "user_name": "Ruth", "context_turns": 3, "max_exchanges": 2, "max_gap": 5.5},
+    **{"leading_assistant": "keep", "narration": "brackets", "flat": True, "keep_quotes": True, "strip_speaker": True},
+    **{"system": "You are here.", "val_ratio": 0.25, "seed": 3, "format": "dialogue", "encoding": "gb18030"},
+    **{"lore_apart": True, "lore_weight": 2.5, "background": ("往事",), "drop_lines": ("marks",)},
+    **{"prompt_col": "q", "response_col": "a", "context_col": "c", "split": "train", "lenient": True, "redact": True},
+    **{"fix_text": True, "merge_consecutive": True, "allow_empty_user": True, "tools": "drop"},
+    **{"role_map": {"甄嬛": "assistant"}, "max_chars": 500, "too_long": "split", "min_chars": 2, "keep_dups": True},
+    **{"max_reject": 0.5, "max_record": 0.5, "templates": {"continue": 1.0, "expand": 0.5, "rewrite": 0.0}},
+    **{"author_prompt": "你是作者。", "chunk_tokens": (40, 120), "tokenizer": "a model"},
+}
+
+
+def written(value):
+    """The texts that say `value` on the command line."""
+    if isinstance(value, dict):
+        return [json.dumps(value) if "甄嬛" in value else ",".join(f"{name}={part}" for name, part in value.items())]
+    if value == (40, 120):
+        return ["40-120"]
+    return [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+
+
+def test_every_option_is_a_flag_with_help_and_survives_being_saved():
+    assert CHANGED.keys() == Options.model_fields.keys() - {"load_tokenizer"}
+    flags = {action.dest: action for action in parser("")._actions if action.help != "==SUPPRESS=="}
+    line = []
+    for name, value in CHANGED.items():
+        assert flags[name].help
+        assert value != Options.model_fields[name].default
+        flag = flags[name].option_strings[0]
+        line += [flag] if value is True else [part for text in written(value) for part in (flag, text)]
+    assert command_options(line).model_dump(exclude={"load_tokenizer"}) == CHANGED
+    saved = json.loads(json.dumps(choose(CHANGED).model_dump(mode="json")))
+    assert saved.keys() == CHANGED.keys()
+    assert choose(saved) == choose(CHANGED)
+
+
+def command_options(line):
+    arguments = parser("").parse_args(["x", "--output", "y", *line])
+    return command_of(arguments, lambda model: (str(model), lambda text: [])).options
+
+
+def test_a_report_repeats_its_conversion(tmp_path):
+    source = tmp_path / "谈话 1.txt"
+    source.write_bytes((EXAMPLES / "dialogue_zh.txt").read_bytes())
+    options = [
+        "--character",
+        "艾达",
+        "--context-turns",
+        "2",
+        "--flat",
+        "--val-ratio",
+        "0.4",
+        "--system",
+        "你是{character}。",
+    ]
+    assert run(source, *options, "--output", tmp_path / "a").returncode == 0
+    names = ("train.jsonl", "val.jsonl", "rejected.jsonl", "report.json")
+    first = [(tmp_path / "a" / name).read_bytes() for name in names]
+    report = tmp_path / "a" / "report.json"
+    for output in (["--output", tmp_path / "b"], []):  # elsewhere, and then in the same place
+        done = run("--from", report, *output)
+        assert done.returncode == 0, done.stderr
+        assert first == [(tmp_path / "b" / name).read_bytes() for name in names]
+        report = tmp_path / "b" / "report.json"
+    done = run("--from", report, "--output", tmp_path / "c", "--no-flat", "--seed", "5")
+    assert done.returncode == 0, done.stderr
+    changed = json.loads((tmp_path / "c" / "report.json").read_text("utf-8"))["options"]
+    assert changed == json.loads(first[3])["options"] | {"flat": False, "seed": 5}
+    assert (tmp_path / "c" / "train.jsonl").read_bytes() != first[0]
+    source.unlink()
+    done = run("--from", report)
+    assert done.returncode == 2
+    assert "谈话 1.txt does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ("{}", "it does not say how it was made"),
+        ("[", "not valid JSON"),
+        ('{"inputs": ["a.txt"], "options": {"val_ratio": 3, "flt": true}}', "--val-ratio 3: give a number"),
+        ('{"inputs": ["a.txt"], "options": {"val_ratio": 3, "flt": true}}', "flt is not an option"),
+        ('{"inputs": ["a.txt"], "options": {"format": "pdf"}}', "--format pdf"),
+        ('{"inputs": ["a.txt"], "options": {"drop_lines": 5, "chunk_tokens": {}, "templates": 1}}', "--templates 1"),
+    ],
+)
+def test_a_report_that_cannot_be_repeated(tmp_path, report, said):
+    path = tmp_path / "report.json"
+    path.write_text(report, encoding="utf-8")
+    done = run("--from", path, "--preview", "1")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_old_names_of_flags_are_answered_with_the_new_ones():
+    for old, new in (("--settings", "--lore"), ("--settings-weight=2", "--lore-weight")):
+        done = run("x", old)
+        assert done.returncode == 2
+        assert f"{old.partition('=')[0]} is {new} now" in done.stderr
+
+
 def test_preview_writes_nothing(tmp_path):
     done = run(EXAMPLES / "sharegpt.json", "--preview", "1", "--output", tmp_path / "out")
     assert done.returncode == 0
@@ -123,12 +228,12 @@ def test_check_reports_on_converted_files(tmp_path):
     done = run("--check", data / "train.jsonl", data / "val.jsonl", data / "lore.jsonl")
     assert done.returncode == 0, done.stderr
     assert "train.jsonl: 156 records (dialogue 156), 0 of them repetitions" in done.stdout
-    assert "no group, conversation or reply stands both in training and in validation" in done.stdout
+    assert "no group, conversation or reply is both in training and in validation" in done.stdout
     for name in ("train.jsonl", "val.jsonl"):
         (tmp_path / name).write_bytes((data / "val.jsonl").read_bytes())
     done = run("--check", tmp_path)
     assert done.returncode == 3
-    assert "17 conversations stand both in training and in validation" in done.stderr
+    assert "17 conversations are both in training and in validation" in done.stderr
 
 
 def test_the_page_is_self_contained_and_shows_text_as_text(tmp_path):

@@ -439,7 +439,7 @@ def test_the_dialogue_that_renpy_extracts():
 def test_a_chat_in_which_nobody_answers_in_time_is_advised():
     lines = "".join(f"2023-01-1{n} 1{n % 2}:00:00 {('小雨', '阿哲')[n % 2]}(1234{n % 2})\nline {n}\n" for n in range(8))
     conversion = convert_data(lines, characters=("阿哲",))
-    said = verdict(conversion.report, 0.05)
+    said = verdict(conversion.outcome.counts, 0.05)
     assert "4 lines of the character have no line before them" in said
     assert "--max-gap" in said
     assert len(convert_data(lines, characters=("阿哲",), max_gap=10_000).records) == 1

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from making.converting import convert_paths as convert
 
-from persona.convert.command import checked
+from persona.convert.command import choose
 from persona.convert.inputs import find_sources
-from persona.convert.options import Options
 from persona.convert.pipeline import check_output
 from persona.convert.report import describe, next_command, preview, verdict
 from persona.errors import DataError, UsageError
@@ -75,8 +74,8 @@ def test_examples(name, tmp_path):
     report = conversion.report
     assert (report["read"], report["written"], report["rejected"], report["duplicates"]) == (count, count, 0, 0)
     assert (report["speeches"] or {}).get("learned") == learned
-    assert name in describe(report, conversion.shown)
-    assert "assistant" in preview(conversion.records, 1, count)
+    assert name in describe(conversion.outcome, conversion.shown)
+    assert "assistant" in preview(conversion.records[:1], count)
     again = convert(*(path for path in tmp_path.glob("*.jsonl") if path.stem != "rejected"), val_ratio=0)
     assert {record.encoded() for record in again.records} == {record.encoded() for record in conversion.records}
 
@@ -98,6 +97,7 @@ def test_same_input_same_bytes_and_the_order_of_rows_does_not_matter(tmp_path):
         folder.mkdir()
         convert(write(folder / "in.json", listed), output=folder, seed=7)
         outputs.append({name: (folder / name).read_bytes() for name in ("train.jsonl", "val.jsonl", "report.json")})
+        outputs[-1]["report.json"] = outputs[-1]["report.json"].replace(json.dumps(str(folder))[1:-1].encode(), b"DIR")
     assert outputs[0] == outputs[1]
     prompts = [[json.loads(line)["messages"] for line in read_lines(tmp_path / str(n))] for n in (0, 2)]
     assert sorted(map(str, prompts[0])) == sorted(map(str, prompts[1]))
@@ -159,7 +159,7 @@ def test_folders_leave_out_reports_and_say_so(tmp_path):
     assert len(sources) == 5
     assert len(skipped) == 4
     assert [entry["file"] for entry in conversion.report["files"]] == ["a.json", "b.json"]
-    said = describe(conversion.report, {})
+    said = describe(conversion.outcome, {})
     for name in ("report.json", "rejected.jsonl", "README.md", ".hidden", "photo.png", "photo.jpg", "notes.txt"):
         assert f"{name}: " in said
     with pytest.raises(DataError, match="picture is damaged"):
@@ -205,33 +205,34 @@ def test_what_is_written(tmp_path):
     assert not (tmp_path / "out" / "val.jsonl").exists(), "a stale one would belong to other training data"
 
 
-def said(validation):
-    names = {"train": "train.jsonl", "val": "val.jsonl"}
-    return {"val": validation, "names": names, "lore": 0, "lore_weight": None}
+def trains(folder, validation="val.jsonl", lore_weight=None):
+    return next_command(Path(folder), "train.jsonl", validation, lore_weight)
 
 
 def test_the_next_command_leaves_nothing_of_the_sample_in_force(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rest = "--set data.lore_file=null --set data.system_prompt=null --set training.output_dir=outputs/mine"
     train = "python finetune.py --set data.train_file=data/mine/train.jsonl --set data.validation_file="
-    assert next_command(said(3), Path("data/mine")) == f"{train}data/mine/val.jsonl {rest}"
-    assert next_command(said(0), Path("data/mine")) == f"{train}null {rest}"
-    assert '--set "data.train_file=my data/train.jsonl"' in next_command(said(0), Path("my data"))
+    assert trains("data/mine") == f"{train}data/mine/val.jsonl {rest}"
+    assert trains("data/mine", None) == f"{train}null {rest}"
+    assert '--set "data.train_file=my data/train.jsonl"' in trains("my data")
+    assert "data.lore_file=data/mine/lore.jsonl" in trains("data/mine", lore_weight=2.5)
+    assert "data.lore_weight=2.5" in trains("data/mine", lore_weight=2.5)
 
 
 def test_the_sample_has_its_lore_already(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent.parent)
     trained = json.loads(Path("config/default.json").read_text("utf-8"))["data"]["train_file"]
-    assert next_command(said(3), Path(trained).parent) == "python finetune.py"
-    assert "validation_file=null" in next_command(said(0), Path(trained).parent)
+    assert trains(Path(trained).parent) == "python finetune.py"
+    assert "validation_file=null" in trains(Path(trained).parent, None)
 
 
 def test_verdict_at_the_border(tmp_path):
     bad = {"instruction": "x", "output": ""}
-    five = convert(write(tmp_path / "a.json", [*rows(19), bad])).report
+    five = convert(write(tmp_path / "a.json", [*rows(19), bad])).outcome.counts
     assert verdict(five, 0.05) is None
     assert "1 of 20 records (5.0 %)" in (verdict(five, 0.04) or "")
-    none = convert(write(tmp_path / "b.json", [bad])).report
+    none = convert(write(tmp_path / "b.json", [bad])).outcome.counts
     assert "No record could be used" in (verdict(none, 1) or "")
 
 
@@ -262,10 +263,10 @@ def test_output_must_not_destroy_an_input(tmp_path):
 )
 def test_options_out_of_bounds(options, said):
     with pytest.raises(UsageError) as caught:
-        checked(Options(**options))
+        choose(options)
     assert said in str(caught.value)
 
 
 def test_system_prompt_from_a_file(tmp_path):
     path = write(tmp_path / "card.txt", "\ufeff你是{character}。\r\n")
-    assert checked(Options(system=f"@{path}", characters=("艾达",))).system == "你是艾达。"
+    assert choose({"system": f"@{path}", "characters": ("艾达",)}).system == "你是艾达。"

@@ -87,7 +87,7 @@ def survives(data, options):
     assert report["read"] == report["written"] + report["rejected"] + report["duplicates"]
     if speeches := report["speeches"]:
         assert speeches["total"] == speeches["learned"] + speeches["context"] + sum(speeches["not_used"].values())
-    describe(report, conversion.shown)
+    describe(conversion.outcome, conversion.shown)
     if conversion.train:
         text = b"".join(record.encoded() + b"\n" for record in conversion.train)
         again = convert_data(text, "y", val_ratio=0)

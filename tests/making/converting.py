@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persona.convert.inputs import find_sources
 from persona.convert.options import Options
-from persona.convert.output import Staged
-from persona.convert.pipeline import convert_files, publish
+from persona.convert.pipeline import convert
+from persona.convert.report import Report
 from persona.records import Record, check_messages
 
 KEPT = 100_000
@@ -18,13 +17,14 @@ KEPT = 100_000
 
 @dataclass
 class Converted:
-    """What a conversion left: records in the order of the input, the files' records, the refusals, the report."""
+    """What a conversion left: records in the order of the input, the files' records, the refusals, report.json."""
 
     records: list[Record]
     train: list[Record]
     validation: list[Record]
     rejections: list[dict[str, Any]]
     report: dict[str, Any]
+    outcome: Report
     shown: dict[str, Any]
     names: list[str]
     lore: list[Record] = field(default_factory=list)
@@ -37,27 +37,28 @@ def read_back(path):
     return [Record(tuple(value["messages"]), value["meta"]) for value in values]
 
 
-def convert_paths(*inputs, output=None, skipped=(), **options):
-    """The conversion of files and folders; whatever they hold, the account must be right."""
-    sources, left_out = find_sources([str(path) for path in inputs])
+def convert_paths(*inputs, output=None, tokenizer=None, **options):
+    """The conversion of files and folders; whatever they hold, the account must be right.
+
+    The options are not checked, so that small limits can be tried.
+    """
+    chosen = Options.model_construct(**options, load_tokenizer=tokenizer)
     with ExitStack() as stack:
         folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = stack.enter_context(Staged(folder))
-        outcome = convert_files(sources, Options(**options), [*skipped, *left_out], staged, KEPT)
-        names = publish(outcome, staged)
+        outcome = convert([str(path) for path in inputs], chosen, folder, KEPT)
+        report = json.loads((folder / "report.json").read_text("utf-8"))
         done = Converted(
             outcome.records,
-            read_back(folder / outcome.report["names"]["train"]),
-            read_back(folder / outcome.report["names"]["val"]),
+            read_back(folder / report["names"]["train"]),
+            read_back(folder / report["names"]["val"]),
             [json.loads(line) for line in (folder / "rejected.jsonl").read_bytes().split(b"\n") if line],
+            report,
             outcome.report,
-            outcome.shown,
-            names,
-            read_back(folder / "lore.jsonl") if "lore.jsonl" in names else [],
+            outcome.rejections,
+            outcome.written,
+            read_back(folder / "lore.jsonl") if "lore.jsonl" in outcome.written else [],
         )
         assert (folder / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
-        assert json.loads((folder / "report.json").read_text("utf-8")) == json.loads(json.dumps(done.report))
         assert not [path for path in folder.iterdir() if path.name.startswith(".")], "nothing temporary is left"
     check_account(done)
     return done
@@ -66,6 +67,7 @@ def convert_paths(*inputs, output=None, skipped=(), **options):
 def check_account(done):
     report = done.report
     assert report["read"] == report["written"] + report["rejected"] + report["duplicates"]
+    assert sum(entry["read"] for entry in report["files"]) == report["read"]
     assert report["written"] == len(done.records)
     assert (report["train"], report["val"]) == (len(done.train), len(done.validation))
     assert report["rejected"] == len(done.rejections) == sum(report["rejected_by_code"].values())

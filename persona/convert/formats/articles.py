@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from persona.console import excerpt
 from persona.convert.cleaning import fill
 from persona.convert.draft import Draft
-from persona.convert.formats.format import Intake, Text, TextFormat
+from persona.convert.formats.format import Text, TextFormat
+from persona.convert.ledger import Counts
 from persona.convert.options import Options, Tokenize
 from persona.errors import DataError, UsageError
 from persona.files import JsonObject, read_json
@@ -244,7 +245,7 @@ class Article:
     speakers: Counter[str] = field(default_factory=Counter)
     character: str | None = None
 
-    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
+    def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """A draft for each chunk and template."""
         tally = self.tally
         if tally is None:  # a file of this conversion has faults, so nothing will be written
@@ -311,9 +312,9 @@ def _read(text: Text, _options: Options) -> Article:
 
 
 def _together(articles: Sequence[Article], options: Options) -> Tally:
-    if options.tokenizer is None:
+    if options.load_tokenizer is None:
         raise UsageError("Articles are cut by tokens. Name the model whose tokens count with --tokenizer MODEL.")
-    name, tokenize = options.tokenizer()
+    name, tokenize = options.load_tokenizer()
     recurring = recurring_lines([clean(article.text) for article in articles])
     tally = Tally(name, tokenize, recurring, chunk_tokens=options.chunk_tokens)
     for article in articles:

@@ -16,11 +16,12 @@ from pathlib import Path
 from persona.console import excerpt
 from persona.convert.cleaning import clean_text, fill
 from persona.convert.draft import Draft
-from persona.convert.formats.format import FileFormat, Intake, Packing, Row, RowFormat
+from persona.convert.formats.format import FileFormat, Packing, Row, RowFormat
 from persona.convert.formats.json_rows import unsafe
 from persona.convert.formats.scenes import Speech, fold_name, prompt_of
 from persona.convert.formats.turns import Turn, opening, to_messages
 from persona.convert.inputs import Foreign
+from persona.convert.ledger import Counts
 from persona.convert.options import Options
 from persona.errors import DataError, UsageError
 from persona.files import JsonObject, scan_json
@@ -69,12 +70,12 @@ class Lines:
         speakers = list(self.speakers)
         return speakers[0] if len(speakers) == 1 else None
 
-    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
+    def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """A draft for each line of the character, in the order of the file."""
         if not options.characters:
             raise UsageError("The file has several speakers. Name the one to learn with --character.")
-        intake.speeches += self.speakers.total()
-        intake.system_prompt = options.system or INSTRUCTIONS[DIALOGUE].replace("{character}", options.characters[0])
+        counts.speeches += self.speakers.total()
+        counts.system_prompt = options.system or INSTRUCTIONS[DIALOGUE].replace("{character}", options.characters[0])
         names = {fold_name(name) for name in options.characters}
         before: dict[str, list[Speech]] = defaultdict(list)
         for row in self.rows:
@@ -88,13 +89,13 @@ class Lines:
             speech = Speech(row.value["speaker"].strip(), row.value["text"].strip(), row.line, 0)
             mine = fold_name(speech.speaker) in names
             if reason := _dropped(speech.text, options.drop_lines):
-                intake.not_used[reason] += 1
+                counts.not_used[reason] += 1
                 continue
             if mine:
                 context = before[title][-options.context_turns :] if title else []
                 yield _line_draft(speech, row, prompt, title, context, options)
             else:
-                intake.not_used["spoken by others, context of what follows"] += 1
+                counts.not_used["spoken by others, context of what follows"] += 1
             if not prompt and title:
                 before[title].append(speech)
                 del before[title][: -options.context_turns]

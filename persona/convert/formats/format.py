@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from persona.convert.draft import Draft
+from persona.convert.ledger import Counts
 from persona.convert.options import Options
 from persona.files import JsonObject
 from persona.records import RecordFault
@@ -27,19 +28,6 @@ class Row:
     fault: RecordFault | None = None
     repairs: Counter[str] | None = None
     split: str | None = None  # the key of the list that holds the row: "train", "test"
-
-
-@dataclass
-class Intake:
-    """Counts of one file, added up while it is read."""
-
-    formats: Counter[str] = field(default_factory=Counter)
-    reasons: dict[str, None] = field(default_factory=dict)
-    repairs: Counter[str] = field(default_factory=Counter)
-    not_used: Counter[str] = field(default_factory=Counter)
-    speeches: int = 0
-    other_splits: Counter[str] = field(default_factory=Counter)
-    system_prompt: str | None = None
 
 
 class Contents(Protocol):
@@ -65,7 +53,7 @@ class Contents(Protocol):
         """The character that the file itself names."""
         ...
 
-    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
+    def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """The conversations of the file."""
         ...
 

@@ -15,9 +15,10 @@ from persona.convert.formats.chat_exports import DISCORD, TAVERN, TELEGRAM, UTTE
 from persona.convert.formats.chats import QQ, WHATSAPP
 from persona.convert.formats.conversations import ALPACA, CHATGPT, MESSAGES, PAIRS, SHAREGPT
 from persona.convert.formats.dialogue import DIALOGUE
-from persona.convert.formats.format import FileFormat, Format, Intake, Row, RowFormat, Text, TextFormat
+from persona.convert.formats.format import FileFormat, Format, Row, RowFormat, Text, TextFormat
 from persona.convert.formats.tables import TABLE
 from persona.convert.inputs import Foreign
+from persona.convert.ledger import Counts
 from persona.convert.options import Options
 from persona.files import JsonObject, scan_json
 from persona.records import RecordFault
@@ -115,11 +116,11 @@ class Rows:
     speakers: Counter[str] = field(default_factory=Counter)
     character: str | None = None
 
-    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
+    def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """A draft for each row, or several; a row that no format recognises has a fault."""
-        for row in self.rows(intake.repairs):
+        for row in self.rows(counts.repairs):
             if options.split and (split := _split_of(row)) is not None and split != options.split:
-                intake.other_splits[split] += 1
+                counts.other_splits[split] += 1
                 continue
             one = self.forced
             try:
@@ -134,10 +135,10 @@ class Rows:
             except RecordFault as fault:
                 name, why = _blame(row, self.forced, options)
                 drafts = Draft([], fault=fault)
-            intake.formats[name] += 1
-            intake.reasons[why] = None
+            counts.formats[name] += 1
+            counts.reasons[why] = None
             if one and one.system_prompt and isinstance(row.value, dict):
-                intake.system_prompt = intake.system_prompt or one.system_prompt(row.value, options)
+                counts.system_prompt = counts.system_prompt or one.system_prompt(row.value, options)
             for draft in drafts if isinstance(drafts, list) else [drafts]:
                 draft.line, draft.path, draft.source_text = row.line, row.path, draft.source_text or row.text
                 if row.repairs:

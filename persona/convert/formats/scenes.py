@@ -12,8 +12,8 @@ from itertools import groupby
 
 from persona.convert.cleaning import fill
 from persona.convert.draft import Draft
-from persona.convert.formats.format import Intake
 from persona.convert.formats.turns import opening
+from persona.convert.ledger import Counts
 from persona.convert.options import Options
 
 # Without scene heads a long silence of the character ends a scene. Of 3,309 silences of the 30 leading characters in
@@ -59,12 +59,12 @@ class Script:
         """How many speeches each speaker has."""
         return Counter(speech.speaker for speech in self.speeches)
 
-    def drafts(self, options: Options, intake: Intake) -> Iterator[Draft]:
+    def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """The conversations of the character."""
         drafts, not_used = conversations(self, options)
-        intake.speeches += len(self.speeches) + self.left_out.total()
-        intake.not_used += not_used
-        intake.repairs += self.repairs
+        counts.speeches += len(self.speeches) + self.left_out.total()
+        counts.not_used += not_used
+        counts.repairs += self.repairs
         return iter(drafts)
 
 
