@@ -1,11 +1,8 @@
 """Measure a tuned model: does it sound like them, does it remember, does it still think.
 
-    python evaluate_model.py report outputs/tamsin           everything, as a page and as JSON
-    python evaluate_model.py score outputs/tamsin            perplexity of base and tuned on held-out conversations
-    python evaluate_model.py score outputs/one outputs/two   each model on each one's held-out file
-    python evaluate_model.py predict outputs/tamsin          replies to the held-out prompts, and their figures
-    python evaluate_model.py style replies.txt --data val.jsonl   how near to the author any texts are
-    python evaluate_model.py ab-make outputs/tamsin          a blind sheet for readers, from the predictions
+    python evaluate_model.py report outputs/tamsin
+    python evaluate_model.py score outputs/one outputs/two
+    python evaluate_model.py style replies.txt --data val.jsonl
     python evaluate_model.py ab-score answers.json outputs/tamsin/ab_key.json
 
 Base and tuned model are one model with its adapter switched off and on. Nothing leaves this computer.
@@ -15,82 +12,88 @@ import argparse
 from pathlib import Path
 
 from persona.console import run_script
-from persona.errors import UsageError
 
-VERBS = ("score", "predict", "style", "report", "ab-make", "ab-score")
+ABOUT = {
+    "report": "perplexity, predictions, style, copying and memory of the lore, as a page and as JSON",
+    "score": "perplexity of base and tuned model; of several models on each other's held-out files",
+    "predict": "replies to the held-out prompts, and their figures",
+    "style": "style of the model, or of any file of texts, compared with the author's",
+    "ab-make": "a blind sheet for readers, from the predictions of a run or from two files of them",
+    "ab-score": "the score of the readers' answers",
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=VERBS)
-    parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="run, adapter, merged model, or a file of texts (default: the run)"
-    )
-    parser.add_argument("--data", type=Path, metavar="FILE", help="held-out conversations (default: the run's own)")
-    parser.add_argument(
-        "--control", action="append", default=[], type=Path, metavar="FILE", help="neutral text; may be repeated"
-    )
-    parser.add_argument("--base-texts", type=Path, metavar="FILE", help="what the base wrote, for a file of texts")
-    parser.add_argument("--limit", type=int, metavar="N", help="style and settings on N prompts drawn by the seed")
-    parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="replies at a time (default: %(default)s)"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where files go (default: the run's folder)")
-    parser.add_argument("--config", type=Path, help="settings (default: the run's own, else config/default.json)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting")
-    parser.add_argument("--load-in-4bit", action="store_true", help="hold a merged model in 4 bits")
+    parser.epilog = "The options of a verb: python evaluate_model.py VERB --help"
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", title="verbs")
+    for verb, about in ABOUT.items():
+        add_arguments(verb, verbs.add_parser(verb, help=about, description=f"{about[0].upper()}{about[1:]}."))
     return parser.parse_args()
 
 
-def compare_blindly(args: argparse.Namespace) -> None:
-    from persona.evaluate.blind import command
-    from persona.evaluate.subject import read_subject
-
-    paths = list(map(Path, args.paths))
-    if args.verb == "ab-score":
-        command.score_answers(paths, print)
-    elif len(paths) == 2:
-        command.sheet_of_files(*paths, args.output or paths[0].parent, args.limit, print)
-    elif len(paths) < 2:
-        subject = read_subject(args.paths[0] if paths else None, args.config, args.set, args.data, args.output)
-        command.sheet_of_run(subject, args.limit, print)
+def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
+    if verb == "ab-score":
+        parser.add_argument("answers", nargs="+", type=Path, metavar="ANSWERS", help="files of the readers, one each")
+        parser.add_argument("key", type=Path, metavar="KEY", help="the ab_key.json that ab-make wrote with the sheet")
+        return
+    target = "run, adapter, checkpoint or merged model" + ("" if verb in ("score", "ab-make") else ", or file of texts")
+    if verb == "ab-make":
+        parser.add_argument(
+            "paths", nargs="*", metavar="PATH", help="a run, or two files of predictions (default: the settings' run)"
+        )
+    elif verb == "score":
+        parser.add_argument(
+            "paths", nargs="*", metavar="PATH", help=f"{target}; several are compared (default: the settings' run)"
+        )
     else:
-        raise UsageError("ab-make takes a run, or two files of predictions.")
+        parser.add_argument("paths", nargs="?", metavar="PATH", help=f"{target} (default: the settings' run)")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="held-out conversations (default: the run's own)")
+    if verb in ("score", "report"):
+        control = "conversations that should not get worse: neutral, or another author's; may be repeated"
+        parser.add_argument("--control", action="append", default=[], type=Path, metavar="FILE", help=control)
+    if verb in ("predict", "style", "report"):
+        base = "texts of the base model, beside a file of texts"
+        parser.add_argument("--base-texts", type=Path, metavar="FILE", help=base)
+        size = "replies generated at a time (default: %(default)s)"
+        parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help=size)
+    if verb in ("style", "report", "ab-make"):
+        limit = {"style": "compare style on N conversations", "ab-make": "show N pairs"}
+        text = limit.get(verb, "compare style on N conversations and ask N questions about the lore")
+        parser.add_argument("--limit", type=positive, metavar="N", help=f"{text}, drawn at random (default: all)")
+    if verb != "score":
+        parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the files (default: the run's)")
+    settings = "settings file (default: the run's own, else config/default.json)"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=settings)
+    change = "change one setting, e.g. evaluation.max_tokens_per_pack=2048; may be repeated"
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help=change
+    )
+    if verb != "ab-make":
+        parser.add_argument("--load-in-4bit", action="store_true", help="hold a merged model in 4 bits instead of 16")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
 
 
 def main() -> None:
-    args = parse_arguments()
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise UsageError("--batch-size and --limit are numbers from 1.")
-    if args.verb in ("ab-make", "ab-score"):
-        compare_blindly(args)
-        return
-    if len(args.paths) > 1 and args.verb != "score":
-        raise UsageError(f"{args.verb} takes one PATH, found {len(args.paths)}; only score compares several models.")
+    args = vars(parse_arguments())
+    verb = args.pop("verb")
+    if verb == "ab-score":
+        from persona.evaluate.blind.command import score_answers
 
-    from persona.evaluate.subject import read_controls, read_subject
+        score_answers(**args, report=print)
+    elif verb == "ab-make":
+        from persona.evaluate.blind.command import compare_blindly
 
-    subjects = [
-        read_subject(path, args.config, args.set, args.data, args.output, args.base_texts)
-        for path in args.paths or [None]
-    ]
-    controls = read_controls(args.control)
-    for note in dict.fromkeys(note for subject in subjects for note in subject.notes):
-        print(f"  note: {note}")
+        compare_blindly(**args, report=print)
+    else:
+        from persona.evaluate.command import Request, evaluate
 
-    from persona.evaluate import command
-    from persona.model.loading import enough_memory
-
-    advice = "Lower --batch-size and evaluation.max_tokens_per_pack, or take a smaller model."
-    with enough_memory(advice):
-        if args.verb == "score":
-            command.run_score(subjects, controls, args.load_in_4bit, print)
-        elif args.verb == "predict":
-            command.run_predict(subjects[0], args.load_in_4bit, args.batch_size, print)
-        elif args.verb == "style":
-            command.run_style(subjects[0], args.load_in_4bit, args.batch_size, args.limit, print)
-        else:
-            command.run_report(subjects[0], controls, args.load_in_4bit, args.batch_size, args.limit, print)
+        evaluate(Request(verb, **args), print)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the loss curves of one training run, or compare several, as a PNG.
+"""Draw the loss curves of one run, or of several over each other, as a PNG.
 
     python plot_loss.py outputs/my_run
     python plot_loss.py outputs/first outputs/second --save_path comparison.png --smoothing 0.8
@@ -19,23 +19,25 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder or history file")
     parser.add_argument(
-        "--json_file", action="append", default=[], type=Path, metavar="PATH", help="the same as RUN; may be repeated"
+        "runs", nargs="*", type=Path, metavar="RUN", help="run folder, metrics.jsonl or trainer_state.json"
+    )
+    parser.add_argument(
+        "--json_file", action="append", default=[], type=Path, metavar="PATH", help="another RUN; may be repeated"
     )
     parser.add_argument(
         "--save_path",
         type=Path,
         metavar="FILE.png",
-        help="the picture (default: loss.png beside the history; loss_comparison.png here for several runs)",
+        help="file of the picture (default: loss.png beside the history; several runs: loss_comparison.png here)",
     )
     parser.add_argument(
         "--smoothing",
         type=float,
         default=0.9,
         metavar="FACTOR",
-        help="of the train loss, as in TensorBoard: exponential moving average with bias correction, each point "
-        "keeping FACTOR of the average before it; 0 draws the loss as it was (default: %(default)s)",
+        help="smoothing of the training loss as in TensorBoard, from 0 (none) to below 1; a higher FACTOR draws a "
+        "smoother line (default: %(default)s)",
     )
     return parser.parse_args()
 

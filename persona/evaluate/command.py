@@ -1,23 +1,101 @@
-"""The verbs of evaluate_model.py: load once, measure, write, and say what was found."""
+"""The verbs of evaluate_model.py: read the data, load the model, measure, write, and report the figures.
 
+torch is imported only after all data was read, so that a wrong file is an error at once.
+"""
+
+import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from persona.console import progress, safe
-from persona.evaluate import copying, measures, tables
-from persona.evaluate import verdict as judging
-from persona.evaluate.loaded import Loaded, load, matrix, score
-from persona.evaluate.page.page import write_report_page
-from persona.evaluate.predictions import BASE_PREDICTIONS, PREDICTIONS, Prediction, write_predictions
-from persona.evaluate.results import NAME, Evaluation, Sides, write_evaluation
-from persona.evaluate.subject import Measured, Subject
+from persona.evaluate import tables
+from persona.evaluate.copying import copied
+from persona.evaluate.predictions import (
+    BASE_PREDICTIONS,
+    PREDICTIONS,
+    Prediction,
+    exchanges,
+    other_speakers,
+    reply_figures,
+    write_predictions,
+)
+from persona.evaluate.results import (
+    NAME,
+    Copying,
+    Curve,
+    DataStatistics,
+    Evaluation,
+    Replies,
+    Sides,
+    Span,
+    write_evaluation,
+)
+from persona.evaluate.style.compare import compare
+from persona.evaluate.style.words import language
+from persona.evaluate.subject import Measured, Subject, all_replies, read_controls, read_subject
+from persona.files import ADAPTER_WEIGHTS, file_sha256
+from persona.model.folders import fingerprint
+from persona.records import Record, read_records
+from persona.train.history import read_history
+from persona.train.verdict import as_text
+
+if TYPE_CHECKING:
+    from persona.evaluate.loaded import Loaded
 
 PAGE = "report.html"
+REPEATS = 200  # samples, and bootstraps, of a comparison of styles
 Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line of one verb; a verb that has no such option leaves it as it is here."""
+
+    verb: Literal["score", "predict", "style", "report"]
+    paths: Sequence[str] | str | None
+    data: Path | None = None
+    control: Sequence[Path] = ()
+    base_texts: Path | None = None
+    limit: int | None = None
+    batch_size: int = 1
+    output: Path | None = None
+    config: Path | None = None
+    overrides: Sequence[str] = ()
+    load_in_4bit: bool = False
+
+
+def evaluate(request: Request, report: Report) -> None:
+    """Do what `request` says; raises `UsageError` and `DataError` before a model is loaded."""
+    subjects = [
+        read_subject(path, request.config, list(request.overrides), request.data, request.output, request.base_texts)
+        for path in ([request.paths] if isinstance(request.paths, str) else request.paths or [None])
+    ]
+    controls = read_controls(request.control)
+    for note in dict.fromkeys(note for subject in subjects for note in subject.notes):
+        report(f"  note: {note}")
+
+    from persona.model.loading import enough_memory
+
+    with enough_memory("Lower --batch-size and evaluation.max_tokens_per_pack, or take a smaller model."):
+        if request.verb == "score":
+            run_score(subjects, controls, request.load_in_4bit, report)
+        elif request.verb == "predict":
+            run_predict(subjects[0], request.load_in_4bit, request.batch_size, report)
+        elif request.verb == "style":
+            run_style(subjects[0], request.load_in_4bit, request.batch_size, request.limit, report)
+        else:
+            run_report(subjects[0], controls, request.load_in_4bit, request.batch_size, request.limit, report)
 
 
 def run_score(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: bool, report: Report) -> None:
     """Perplexity and bits per character; of several models on each other's files as a matrix."""
+    from persona.evaluate.loaded import load
+    from persona.evaluate.perplexity import matrix, score
+
     if len(subjects) > 1:
         report(tables.matrix(matrix(subjects, controls, in_4bit, progress)))
         return
@@ -27,87 +105,148 @@ def run_score(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit
 
 def run_predict(subject: Subject, in_4bit: bool, batch_size: int, report: Report) -> None:
     """Replies to the held-out prompts, written in the file's order, and their figures."""
-    written = _written(subject, None if subject.texts is not None else load(subject, in_4bit, batch_size, progress))
-    if subject.texts is None:
-        _write(subject.output, written.predictions, report)
-    if (found := measures.reply_figures(subject, written)) is not None:
-        report(tables.replies(found))
-    if (copied := copying.copied(subject, _texts(written.predictions))) is not None:
-        report(tables.copying(copied.figures))
+    _predicted(subject, _loaded(subject, in_4bit, batch_size), report)
 
 
 def run_style(subject: Subject, in_4bit: bool, batch_size: int, limit: int | None, report: Report) -> None:
     """How far from base to author, by style."""
-    if subject.texts is not None:
-        texts = _texts(measures.given(subject).predictions)
-    else:
-        texts = measures.samples(load(subject, in_4bit, batch_size, progress), limit)
-    report(tables.style(measures.style_of(subject, texts)))
+    texts = _samples(subject, _loaded(subject, in_4bit, batch_size), limit)
+    report(tables.style(compare(all_replies(subject.held_out.records), texts, subject.config.seed, REPEATS)))
 
 
 def run_report(
     subject: Subject, controls: Sequence[Measured], in_4bit: bool, batch_size: int, limit: int | None, report: Report
 ) -> Evaluation:
     """Everything: evaluation.json, predictions and a page to read."""
-    loaded = None if subject.texts is not None else load(subject, in_4bit, batch_size, progress)
+    from persona.evaluate.lore_recall import remembered
+    from persona.evaluate.page import report_page
+    from persona.evaluate.perplexity import score
+    from persona.evaluate.verdict import on_replies, on_training
+    from persona.files import write_text
+
+    author, seed = all_replies(subject.held_out.records), subject.config.seed
+    loaded = _loaded(subject, in_4bit, batch_size)
     scores = () if loaded is None else score(loaded, [subject.held_out, *controls], progress)
     if scores:
         report(tables.scores(scores))
-    written = _written(subject, loaded)
-    if loaded is not None:
-        _write(subject.output, written.predictions, report)
-    said = _texts(written.predictions)
-    replies, copied = measures.reply_figures(subject, written), copying.copied(subject, said)
-    if replies is not None:
-        report(tables.replies(replies))
-    if copied is not None:
-        report(tables.copying(copied.figures))
-    recall = None if loaded is None else measures.remembered(loaded, limit)
+    predictions, replies, copying, spans = _predicted(subject, loaded, report)
+    recall = None if loaded is None else remembered(loaded, limit)
     if recall is not None:
         report(tables.recall(recall))
-    style = measures.style_of(subject, said if loaded is None else measures.samples(loaded, limit))
+    style = compare(author, _samples(subject, loaded, limit), seed, REPEATS)
     report(tables.style(style))
-    verdict = [
-        *judging.on_training(subject.run, subject.config, len(subject.trained), scores[0].tokens if scores else 0),
-        *judging.on_replies(None if replies is None else replies.tuned, style.headline, copied, recall, scores),
-    ]
-    report("\n".join(tables.verdict(verdict)))
+    data = _data(subject)
     found = Evaluation(
         name=subject.name,
         kind=subject.kind,
-        seed=subject.config.seed,
-        language=measures.spoken_language(subject),
+        seed=seed,
+        language=language(author),
         scores=scores,
         replies=replies,
         recall=recall,
-        copying=None if copied is None else copied.figures,
+        copying=copying,
         style=style,
-        exchanges=measures.exchanges(written, None if copied is None else copied.spans),
-        verdict=tuple(verdict),
-        curve=measures.curve_of(subject.run),
-        data=measures.data_of(subject),
+        exchanges=exchanges(predictions, spans),
+        curve=_curve(subject.run),
+        data=data,
         settings=subject.config.model_dump(),
-        versions=measures.versions(),
-        hashes=measures.hashes(subject),
+        versions=_versions(),
+        hashes=_hashes(subject) | {one.file: one.sha256 for one in data},
     )
+    training = on_training(subject.run, subject.config, len(subject.trained), scores[0].tokens if scores else 0)
+    found = replace(found, verdict=(*training, *on_replies(found)))
+    report(as_text(found.verdict))
     subject.output.mkdir(parents=True, exist_ok=True)
     write_evaluation(subject.output / NAME, found)
-    write_report_page(found, subject.output / PAGE)
+    write_text(subject.output / PAGE, report_page(found))
     report(f"written to {safe((subject.output / PAGE).as_posix())}, for programs {NAME}")
     return found
 
 
-def _written(subject: Subject, loaded: Loaded | None) -> measures.Written:
-    return measures.given(subject) if loaded is None else measures.predict(loaded)
+def _loaded(subject: Subject, in_4bit: bool, batch_size: int) -> "Loaded | None":
+    """The subject's model, to write replies with; None for a file of texts."""
+    from persona.evaluate.loaded import load
+
+    return None if subject.texts is not None else load(subject, in_4bit, batch_size, progress, writes=True)
+
+
+def _predicted(
+    subject: Subject, loaded: "Loaded | None", report: Report
+) -> tuple[Sides[list[Prediction]], Sides[Replies] | None, Copying | None, list[tuple[Span, ...]] | None]:
+    """The predictions, which a model writes to the output folder, their figures, their copies and the copied spans."""
+    if loaded is None:
+        predictions, ended = Sides(subject.texts or [], subject.base_texts), None
+    else:
+        from persona.evaluate.loaded import predict
+
+        predictions, ended = predict(loaded)
+        for name, side in ((PREDICTIONS, predictions.tuned), (BASE_PREDICTIONS, predictions.base)):
+            if side is not None:
+                write_predictions(subject.output / name, side)
+                report(f"{len(side)} predictions written to {safe((subject.output / name).as_posix())}")
+    others = other_speakers([*subject.held_out.records, *subject.trained])
+    replies = reply_figures(predictions, ended, language(all_replies(subject.held_out.records)), others)
+    if replies is not None:
+        report(tables.replies(replies))
+    copying, spans = copied(subject, _texts(predictions)) or (None, None)
+    if copying is not None:
+        report(tables.copying(copying))
+    return predictions, replies, copying, spans
+
+
+def _samples(subject: Subject, loaded: "Loaded | None", limit: int | None) -> Sides[list[str]]:
+    """The texts whose style is compared: the file's, or samples of the model."""
+    if loaded is None:
+        return _texts(Sides(subject.texts or [], subject.base_texts))
+    from persona.evaluate.loaded import samples
+
+    return samples(loaded, limit)
 
 
 def _texts(predictions: Sides[list[Prediction]]) -> Sides[list[str]]:
     return predictions.each(lambda side: [one.predict for one in side])
 
 
-def _write(folder: Path, predictions: Sides[list[Prediction]], report: Report) -> None:
-    files = {PREDICTIONS: predictions.tuned, BASE_PREDICTIONS: predictions.base}
-    for name, side in files.items():
-        if side is not None:
-            write_predictions(folder / name, side)
-            report(f"{len(side)} predictions written to {safe((folder / name).as_posix())}")
+# --- provenance -------------------------------------------------------------------------------------------------------
+
+
+def _curve(run: Path | None) -> Curve | None:
+    """The losses that the run measured; None without a history."""
+    if run is None or not (run / "metrics.jsonl").is_file():
+        return None
+    history = read_history(run)
+    train, held_out = (
+        tuple((step, loss) for step, loss in points if loss == loss and abs(loss) != float("inf"))
+        for points in (history.train, history.evaluations)
+    )
+    return Curve(train, held_out, history.best[0] if history.best is not None else None)
+
+
+def _data(subject: Subject) -> tuple[DataStatistics, ...]:
+    """Counts of the files that were trained and measured on."""
+    data = subject.config.data
+    paths = [Path(name) for name in (data.train_file, data.lore_file) if name is not None and Path(name).is_file()]
+    files = [(path, read_records(path)) for path in paths]
+    return tuple(_statistics(*file) for file in [*files, (subject.held_out.path, subject.held_out.records)])
+
+
+def _statistics(path: Path, records: Sequence[Record]) -> DataStatistics:
+    replies = list(map(len, all_replies(records)))
+    types = Counter(str(record.meta.get("type", "dialogue")) for record in records)
+    median = round(statistics.median(replies))
+    return DataStatistics(path.name, file_sha256(path), len(records), len(replies), sum(replies), median, dict(types))
+
+
+def _versions() -> dict[str, str]:
+    """The libraries that the figures depend on."""
+    from persona.train.run_folder import LIBRARIES
+
+    return {name: version(name) for name in (*LIBRARIES, "sacrebleu")}
+
+
+def _hashes(subject: Subject) -> dict[str, str]:
+    """SHA-256 of base and adapter."""
+    hashes = {} if subject.base is None else {"base": fingerprint(subject.base)}
+    if subject.adapter is not None:
+        hashes["adapter"] = file_sha256(subject.adapter / ADAPTER_WEIGHTS)
+    return hashes

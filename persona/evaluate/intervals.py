@@ -1,4 +1,4 @@
-"""How sure a figure is: 95 % bootstrap intervals over conversations, the replies of which belong together."""
+"""95 % intervals: by bootstrap over conversations, whose replies belong together, and of proportions."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,25 +9,25 @@ import numpy as np
 from persona.evaluate.results import Estimate
 
 # --- proportions ------------------------------------------------------------------------------------------------------
-# Statistics of a blind comparison: how often one side won, whether chance explains it, and whether readers agree.
+# Statistics of a blind comparison: the share that one side won, whether chance explains it, and whether readers agree.
 
 _Z = 1.959963984540054  # the normal distribution's 97.5 % point, for intervals of 95 %
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Wins and losses of the first side against the second in blind pairs, and what follows from them."""
+    """Wins and losses of the first side against the second in blind pairs, with their statistics."""
 
     wins: int
     losses: int
     ties: int
     rate: float | None
-    """Wins over decided pairs; ties are in neither. None where all pairs are ties."""
+    """Wins over decided pairs, without ties; None if all pairs are ties."""
     rate_low: float | None
     rate_high: float | None
     """95 % Wilson interval of the rate."""
     p: float
-    """Exact two-sided binomial probability of a split at least this uneven, if neither side were preferred."""
+    """Exact two-sided binomial probability of a split at least this uneven if neither side is preferred."""
     log_odds: float
     log_odds_low: float
     log_odds_high: float
@@ -64,8 +64,8 @@ def log_odds(wins: int, losses: int) -> tuple[float, float, float]:
     """Natural logarithm of the odds of winning, with a 95 % Wald interval.
 
     exp of it compares with the odds ratios of arXiv 2510.13939 (0.16 with prompting, 8.16 after fine-tuning), which
-    come from a regression over many readers and authors. Where one side never won, half a win is added to both
-    (Haldane 1956), for the logarithm would be infinite.
+    come from a regression over many readers and authors. If one side never won, half a win is added to both (Haldane
+    1956), because the logarithm would be infinite.
     """
     more = 0.0 if wins and losses else 0.5
     first, second = wins + more, losses + more
@@ -76,7 +76,7 @@ def log_odds(wins: int, losses: int) -> tuple[float, float, float]:
 def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
     """Agreement of two readers over the same items beyond chance (Cohen 1960): 1 always, 0 as by chance.
 
-    None where both gave one and the same answer throughout, which leaves nothing to compare.
+    None if both gave one and the same answer throughout, which leaves nothing to compare.
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} answers cannot be compared")
@@ -87,13 +87,13 @@ def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 
 RESAMPLES = 4000
-LEAST = 5  # conversations; from fewer an interval says nothing
+LEAST = 5  # conversations; an interval from fewer says nothing
 _AT_A_TIME = 2**20  # drawn conversations in memory at a time
 _CONFIDENCE = 0.95
 
 
 def ratio(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Estimate:
-    """The sum of `parts` over the sum of `wholes`, one of each a conversation, with a studentised bootstrap interval.
+    """The sum of `parts` over the sum of `wholes`, one of each per conversation, with a studentised bootstrap interval.
 
     The bootstrap-t (Efron and Tibshirani 1993, chapter 12.5) holds its confidence for thirty conversations of uneven
     length, where the plain percentiles are too narrow.
@@ -103,7 +103,7 @@ def ratio(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Estimat
     error = float(_standard_error(x[None], n[None])[0]) if len(x) > 1 else 0.0
     if len(x) < LEAST:
         return Estimate(value)
-    if error <= 1e-12 * max(abs(value), 1.0):  # all alike, as where base and tuned are the same
+    if error <= 1e-12 * max(abs(value), 1.0):  # all alike, as when base and tuned are the same
         return Estimate(value, value, value)
     chance = np.random.default_rng(seed)
     at_a_time = max(1, _AT_A_TIME // len(x))
@@ -118,7 +118,7 @@ def ratio(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Estimat
 
 
 def _studentised(x: np.ndarray, n: np.ndarray, value: float, error: float, drawn: np.ndarray) -> np.ndarray:
-    """(resamples,) how many of its own standard errors each resample is off."""
+    """(resamples,) The deviation of each resample in its own standard errors."""
     parts, wholes = x[drawn], n[drawn]
     off = parts.sum(1) / wholes.sum(1) - value
     # a resample of a few conversations over and over seems surer than any sample of this size can be
@@ -127,34 +127,26 @@ def _studentised(x: np.ndarray, n: np.ndarray, value: float, error: float, drawn
 
 
 def _standard_error(x: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """(resamples,) of the ratio estimator, linearised (Cochran 1977, chapter 6)."""
+    """(resamples,) The standard error of the ratio estimator, linearised (Cochran 1977, chapter 6)."""
     residual = x - x.sum(1, keepdims=True) / n.sum(1, keepdims=True) * n
     count = x.shape[1]
     return np.sqrt(count / (count - 1) * np.square(residual).sum(1)) / n.sum(1)
 
 
-def mean(values: Sequence[float], seed: int) -> Estimate:
-    """The mean of shares from 0 to 1, one a question, with its interval."""
-    return share(values, [1.0] * len(values), seed)
-
-
 def share(parts: Sequence[float], wholes: Sequence[float], seed: int) -> Estimate:
-    """`ratio` of what cannot be below 0 or above 1.
+    """`ratio` of shares, with its interval kept within 0 and 1.
 
-    All or nothing throughout leaves nothing to resample; then the interval is Wilson's, as if each were one trial.
+    If all parts are 0 or all are whole there is nothing to resample; then the interval is Wilson's, each one a trial.
     """
-    found = ratio(parts, wholes, seed)
-    if found.low is None or found.high is None:
-        return found
-    if found.value in (0.0, 1.0):
-        low, high = wilson(round(found.value * len(parts)), len(parts))
-        return Estimate(found.value, low, high)
-    return Estimate(found.value, max(found.low, 0.0), min(found.high, 1.0))
+    whole = ratio(parts, wholes, seed)
+    if whole.value is None or whole.low is None or whole.high is None:
+        return whole
+    if whole.value in (0.0, 1.0):
+        return Estimate(whole.value, *wilson(round(whole.value * len(parts)), len(parts)))
+    return Estimate(whole.value, max(whole.low, 0.0), min(whole.high, 1.0))
 
 
 def mapped(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
     """`function`, which must be increasing, of the figure and of both ends of its interval."""
-    low, high = estimate.low, estimate.high
-    if low is None or high is None:
-        return Estimate(function(estimate.value))
-    return Estimate(*map(function, (estimate.value, low, high)))
+    value, low, high = (None if end is None else function(end) for end in (estimate.value, estimate.low, estimate.high))
+    return Estimate(value, low, high)

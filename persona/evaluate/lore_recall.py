@@ -1,17 +1,21 @@
-"""Whether a model remembers the lore: which key facts are in its answers to questions about its world."""
+"""Memory of the lore: the key facts in a model's answers to questions about its character's world."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from persona.evaluate.intervals import mean
+from persona.evaluate.intervals import share
+from persona.evaluate.loaded import Loaded
 from persona.evaluate.results import Answer, Estimate, Question, Recall, Sides
-from persona.evaluate.style.words import UNSPACED, language, segmenter, words
-from persona.records import Record
+from persona.evaluate.style.words import bigrams, words
+from persona.evaluate.subject import all_replies
+from persona.model.render import Message
+from persona.records import UNSPACED, Record, is_chinese, rank
+from persona.speak.batches import greedy
 
 QUESTION = "lore_qa"
-FACTS = 3  # taken from a reference where no keywords are given
+FACTS = 3  # taken from a reference without keywords
 OFTEN = 0.2  # share of the texts from which on a name, such as in a catch-phrase, is no fact; a quarter of it for words
 _UNSPACED = re.compile(f"[{UNSPACED}]+")
 _NAME = re.compile(r"(?<![.!?…”\"'’])(?<=[^.!?…\"“\s])[ ,]+((?:(?!I['’])[A-Z][\w'’-]+)(?: [A-Z][\w'’-]+)*)")
@@ -19,20 +23,20 @@ _NAME = re.compile(r"(?<![.!?…”\"'’])(?<=[^.!?…\"“\s])[ ,]+((?:(?!I['�
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about the lore, what was answered in the data, and which facts a good answer names."""
+    """A question about the lore, its answer in the data, and the facts that a good answer names."""
 
     question: str
     reference: str
     facts: tuple[str, ...]
     trained: bool
     given: bool
-    """Whether the facts are keywords of the record's own."""
+    """Whether the facts are the record's own keywords."""
 
 
 def questions(records: Iterable[tuple[Record, bool]], texts: Sequence[str]) -> list[Asked]:
-    """The questions among `records`, each with whether it was trained on; every question once, in their order.
+    """The questions among `records`, each once and in their order; a record comes with whether it was trained on.
 
-    `texts` are all replies of the data, from which `Terms` learns what a fact is where no keywords are given.
+    `texts` are all replies of the data; without keywords, `Terms` finds the facts of a reference by them.
     """
     terms = Terms(texts)
     found: dict[str, Asked] = {}
@@ -49,35 +53,35 @@ def questions(records: Iterable[tuple[Record, bool]], texts: Sequence[str]) -> l
 
 
 class Terms:
-    """Which words of an answer are facts, judged by all `texts` of the persona: what comes back in some of them belongs
-    to its world; what is in many of them is its way of speaking."""
+    """Finds the facts in an answer, by all `texts` of the persona: words that some of them share belong to its world,
+    words that many of them share are its way of speaking."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = [text.casefold() for text in texts]
-        self.cut, _ = segmenter("bigrams")  # the same facts with jieba and without
-        self.have = Counter(word for text in texts for word in set(words(text, self.cut)))
+        # bigrams, so that the facts are the same with jieba and without
+        self.have = Counter(word for text in texts for word in set(words(text, bigrams)))
 
     def facts(self, question: str, reference: str) -> tuple[str, ...]:
-        """Up to three distinctive terms of `reference` that `question` does not name: names, then what comes first."""
-        if language([reference]) == "zh":
+        """Up to three distinctive terms of `reference` that `question` does not name: names, then the first words."""
+        if is_chinese(reference):
             return self._strings(question, reference)
-        asked = set(words(question, self.cut))
+        asked = set(words(question, bigrams))
         names = [
             name
             for name in dict.fromkeys(re.sub("['’]s$", "", found) for found in _NAME.findall(reference))
-            if not asked & set(words(name, self.cut)) and self._seldom(self._number(name), OFTEN)
+            if not asked & set(words(name, bigrams)) and self._seldom(self._number(name), OFTEN)
         ]
-        covered = asked | {word for name in names for word in words(name, self.cut)}
+        covered = asked | {word for name in names for word in words(name, bigrams)}
         rest = [
             word
-            for word in dict.fromkeys(words(reference, self.cut))
+            for word in dict.fromkeys(words(reference, bigrams))
             if word not in covered and _is_content(word) and self._seldom(self.have[word], OFTEN / 4)
         ]
         rest.sort(key=lambda word: self.have[word] < 2)  # stable: those that come back, then the others
         return tuple([*names, *rest][:FACTS])
 
     def _strings(self, question: str, reference: str) -> tuple[str, ...]:
-        """Without spaces between words, what stands in other texts too is a word: the longest such strings."""
+        """The longest strings that other texts have too: without spaces, that is how a word is known."""
         found: list[str] = []
         for run in _UNSPACED.finditer(reference):
             start = 0
@@ -94,7 +98,7 @@ class Terms:
         return tuple(sorted(dict.fromkeys(found), key=lambda piece: -len(piece)))[:FACTS]
 
     def _number(self, term: str) -> int:
-        return min((self.have[word] for word in words(term, self.cut)), default=0)
+        return min((self.have[word] for word in words(term, bigrams)), default=0)
 
     def _seldom(self, count: int, share: float) -> bool:
         return count <= max(2, share * len(self.texts))
@@ -105,32 +109,59 @@ def _is_content(word: str) -> bool:
 
 
 def found_in(reply: str, facts: Sequence[str]) -> tuple[str, ...]:
-    """Those of `facts` that `reply` names; a word of Latin letters or a number as a whole word, in any case."""
+    """Those of `facts` that `reply` names, in upper or lower case; Latin letters and numbers only as whole words."""
     folded = reply.casefold().replace("’", "'")
     letter = rf"(?![{UNSPACED}])\w"  # 1984 in 1984年 is a whole number
 
-    def stands(fact: str) -> bool:
+    def named(fact: str) -> bool:
         wanted = fact.casefold().replace("’", "'").strip()
         left = rf"(?<!{letter})" if wanted[:1].isascii() else ""
         right = rf"(?!{letter})" if wanted[-1:].isascii() else ""
         return bool(wanted) and re.search(left + re.escape(wanted) + right, folded) is not None
 
-    return tuple(fact for fact in facts if stands(fact))
+    return tuple(fact for fact in facts if named(fact))
+
+
+def remembered(loaded: Loaded, limit: int | None) -> Recall | None:
+    """The answers to the questions about the lore, with the system prompt and without it; None without questions."""
+    subject = loaded.subject
+    held_out, seed = subject.held_out, subject.config.seed
+    records = [(record, False) for record in held_out.records] + [(record, True) for record in subject.trained]
+    asked = questions(records, all_replies([record for record, _ in records]))
+    asked = sorted(asked, key=lambda one: rank(seed, one.question))[:limit] if limit is not None else asked
+    if not asked:
+        return None
+    decoding = greedy(_room(loaded, [one.reference for one in asked]))
+
+    def ask(system: str | None, step: str) -> Sides[list[str]]:
+        first: list[Message] = [{"role": "system", "content": system}] if system else []
+        prompts = [[*first, {"role": "user", "content": one.question}] for one in asked]
+        return loaded.replies(prompts, decoding, step).each(lambda side: [reply.text for reply in side])
+
+    with_system = ask(held_out.system, "lore, with the system prompt")
+    return recall_of(asked, with_system, ask(None, "lore, without it"), seed)
+
+
+def _room(loaded: Loaded, references: Sequence[str]) -> int:
+    """Tokens for an answer: twice the longest reference, so that a side that rambles does not take all the time."""
+    tokenizer = loaded.speaker.fmt.tokenizer
+    longest = max(len(tokenizer.encode(text, add_special_tokens=False)) for text in references)
+    return min(2 * longest, loaded.subject.config.generation.max_new_tokens)
 
 
 def recall_of(asked: Sequence[Asked], with_system: Sides[list[str]], without: Sides[list[str]], seed: int) -> Recall:
-    """The share of the facts in the answers of each side, asked with the system prompt and without it."""
+    """The share of the facts in each side's answers, with the system prompt and without it."""
 
     def answers(side: Sequence[str]) -> list[Answer]:
         return [Answer(text, found_in(text, one.facts)) for one, text in zip(asked, side, strict=True)]
 
-    def share(side: Sequence[Answer]) -> Estimate:
-        pairs = zip(side, asked, strict=True)
-        return mean([len(answer.found) / len(one.facts) for answer, one in pairs], seed)
+    def mean(side: Sequence[Answer]) -> Estimate:
+        shares = [len(answer.found) / len(one.facts) for answer, one in zip(side, asked, strict=True)]
+        return share(shares, [1.0] * len(shares), seed)
 
     prompted, plain = with_system.each(answers), without.each(answers)
     entries = []
     for number, one in enumerate(asked):
         with_it, without_it = (sides.each(lambda side, at=number: side[at]) for sides in (prompted, plain))
         entries.append(Question(one.question, one.reference, one.facts, with_it, without_it, one.trained))
-    return Recall(prompted.each(share), plain.each(share), tuple(entries), all(one.given for one in asked))
+    return Recall(prompted.each(mean), plain.each(mean), tuple(entries), all(one.given for one in asked))

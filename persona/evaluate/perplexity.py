@@ -1,8 +1,9 @@
-"""Perplexity and bits per character: how well base and tuned model expect the held-out replies, each in its context.
+"""Perplexity and bits per character: how well base and tuned model predict the held-out replies, each in its context.
 
-Sums over whole conversations are what counts, so nothing depends on how the examples are laid out in memory.
+Losses are summed over whole conversations, so no figure depends on how the examples are laid out in memory.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +21,20 @@ from persona.engine.packing import pack, plan_packs
 from persona.engine.trial import TOLERANCE, trial_examples, why_not
 from persona.errors import Diverged
 from persona.evaluate.intervals import mapped, ratio
-from persona.evaluate.results import FileScore, Score, Sides
+from persona.evaluate.loaded import Loaded, Watch, load
+from persona.evaluate.results import FileScore, Matrix, Score, Sides
+from persona.evaluate.subject import Measured, Subject
 from persona.files import file_sha256
-from persona.model.dataset import Dataset
+from persona.model.dataset import Dataset, render_records
 from persona.model.loading import DTYPES
 from persona.model.render import Example
+from persona.speak.batches import Progress
 from persona.train.metrics import perplexity
-
-Progress = Callable[[int, int, float | None], None]
-"""Told how many are done, of how many, and the seconds that are left once that can be said."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Negative log-likelihoods of one side on one file, in nats, a number a conversation."""
+    """Negative log-likelihoods of both sides on one file, in nats, one number per conversation."""
 
     tuned: list[float]
     base: list[float] | None
@@ -42,22 +43,22 @@ class Losses:
 def conversation_losses(
     model: Any, dataset: Dataset, max_tokens: int, precision: str, share: bool, progress: Progress
 ) -> Losses:
-    """What every conversation costs with the adapter and, where there is one, without it; one model, no second copy."""
+    """The losses of every conversation with the adapter and, if there is one, without it, from one model in memory."""
     sides = 2 if isinstance(model, PeftModel) else 1
     examples = dataset.examples
     total, started = sides * len(examples), time.perf_counter()
 
-    def told(done: int) -> None:
+    def show(done: int) -> None:
         seconds = time.perf_counter() - started
         progress(done, total, seconds / done * (total - done) if done else None)
 
-    told(0)
-    tuned = example_losses(model, examples, max_tokens, precision, share, told)
+    show(0)
+    tuned = example_losses(model, examples, max_tokens, precision, share, show)
     base = None
     if sides == 2:
         with model.disable_adapter():
             base = example_losses(
-                model, examples, max_tokens, precision, share, lambda done: told(len(examples) + done)
+                model, examples, max_tokens, precision, share, lambda done: show(len(examples) + done)
             )
     return Losses(_by_conversation(tuned, dataset), base and _by_conversation(base, dataset))
 
@@ -73,13 +74,13 @@ def example_losses(
     max_tokens: int,
     precision: str,
     share: bool,
-    told: Callable[[int], None] = lambda _: None,
+    show: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
     """The negative log-likelihood of each example's reply in nats, in the order of `examples`.
 
     `share` lays them out as prefix trees; see `shared_beginnings`. Raises `Diverged` for a loss that is not finite.
     """
-    # equal examples cost the same, and only once
+    # equal examples have equal losses, which are computed once
     places: dict[Example, list[int]] = {}
     for place, example in enumerate(examples):
         places.setdefault(example, []).append(place)
@@ -92,7 +93,7 @@ def example_losses(
                 for place in places[example]:
                     losses[place] = part.sum().item()
                     done += 1
-            told(done)
+            show(done)
     if not all(map(math.isfinite, losses)):
         raise Diverged(
             "The model's loss on this file is not finite: its weights are damaged, or its precision is too small. Try "
@@ -112,7 +113,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _autocast(model: Any, precision: str) -> Any:
-    """The arithmetic of the run's own evaluations, so that the figures are those it printed."""
+    """The arithmetic of the run's own evaluations, so that the figures are those that the run printed."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(model.device.type, DTYPES[precision])
@@ -120,7 +121,7 @@ def _autocast(model: Any, precision: str) -> Any:
 
 @contextmanager
 def shared_beginnings(model: Any, examples: Sequence[Example], max_tokens: int, precision: str) -> Iterator[bool]:
-    """Whether what examples have in common is computed once inside, after a trial with the beginning of one of them.
+    """Whether shared beginnings of examples can be computed once inside the block; a trial with some of them decides.
 
     The model's own attention is put back afterwards.
     """
@@ -149,9 +150,7 @@ def score_of(
 ) -> FileScore:
     """The figures of one file, with intervals over its conversations."""
     tokens = [sum(len(example.reply_ids) for example in examples) for examples in dataset.conversations]
-    characters = [
-        sum(len(turn["content"]) for turn in record.turns if turn["role"] == "assistant") for record in dataset.records
-    ]
+    characters = [sum(map(len, record.replies)) for record in dataset.records]
 
     def score(nats: Sequence[float]) -> Score:
         bits = mapped(ratio(nats, characters, seed), lambda nats: nats / math.log(2))
@@ -174,3 +173,54 @@ def score_of(
         left_out=tuple(dataset.left_out),
         precision=precision,
     )
+
+
+def score(loaded: Loaded, files: Sequence[Measured], watch: Watch) -> tuple[FileScore, ...]:
+    """The scores of base and tuned on `files`."""
+    config, speaker = loaded.subject.config, loaded.speaker
+    limit = config.evaluation.max_tokens_per_pack
+    scores = []
+    for file in files:
+        dataset = render_records(file.records, speaker.fmt, file.system, config.data.max_length)
+        role = "held_out" if file.own else "control"
+        with shared_beginnings(speaker.model, dataset.examples, limit, loaded.precision) as share:
+            progress = watch(f"perplexity on {file.path.name}")
+            losses = conversation_losses(speaker.model, dataset, limit, loaded.precision, share, progress)
+        scores.append(score_of(file.path, role, dataset, losses, config.seed, loaded.precision))
+    return tuple(scores)
+
+
+def matrix(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: bool, watch: Watch) -> Matrix:
+    """Score every subject on the held-out files of all, one model in memory at a time (as in arXiv 2510.21958).
+
+    A file keeps its own system prompt, so that every model reads the same text.
+    """
+    held_out: dict[Path, Measured] = {}
+    for subject in subjects:
+        held_out.setdefault(subject.held_out.path.resolve(), subject.held_out)
+    files = [*held_out.values(), *controls]
+    columns: list[list[float]] = []
+    bases: list[list[float]] = []
+    for subject in subjects:
+        loaded = load(subject, in_4bit, 1, watch, writes=False)
+        scores = score(loaded, files, lambda step, of=subject.name: watch(f"{of}: {step}"))
+        columns.append([one.score.tuned.perplexity.value or 0.0 for one in scores])
+        bases.append([one.score.base.perplexity.value or 0.0 for one in scores if one.score.base is not None])
+        del loaded
+        gc.collect()
+        torch.cuda.empty_cache()
+    names = [subject.name for subject in subjects]
+    if bases[0]:
+        columns.append(bases[0])
+        names.append(f"base of {subjects[0].name}" if len(set(map(tuple, bases))) > 1 else "base")
+    owners = {subject.held_out.path.resolve(): subject.name for subject in reversed(subjects)}
+    return Matrix(
+        models=tuple(names),
+        files=tuple(_label(file.path) for file in files),
+        perplexity=tuple(zip(*columns, strict=True)),
+        own=tuple(owners.get(file.path.resolve()) if file.own else None for file in files),
+    )
+
+
+def _label(path: Path) -> str:
+    return "/".join(path.parts[-2:])  # many are called val.jsonl

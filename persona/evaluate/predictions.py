@@ -1,4 +1,4 @@
-"""Replies to held-out prompts beside what was really said: predictions.json, texts of other tools, their figures."""
+"""Replies to held-out prompts beside the true ones: predictions.json, texts of other tools, and their figures."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from typing import Any
 
 from persona.console import excerpt
 from persona.errors import DataError
-from persona.evaluate.results import Replies
+from persona.evaluate.results import Exchange, Replies, Sides, Span
 from persona.evaluate.style.words import units
 from persona.files import scan_json, write_json
 from persona.records import Record, speaks_as_ai
 
 PREDICTIONS, BASE_PREDICTIONS = "predictions.json", "predictions_base.json"
-# What the three parts are called here, in LLaMA-Factory's generated_predictions.jsonl, and in other tools' files
+# Names of the three parts here, in LLaMA-Factory's generated_predictions.jsonl, and in other tools' files
 _NAMES = {
     "input": ("input", "prompt", "instruction", "question"),
     "predict": ("predict", "prediction", "generated", "response", "output", "completion"),
@@ -27,7 +27,7 @@ _ROLES = frozenset({"user", "assistant", "system", "human", "ai", "用户", "助
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was asked last, what a model said to it, and what was really said."""
+    """The last user turn, a model's reply to it, and the true reply."""
 
     input: str
     predict: str
@@ -35,7 +35,7 @@ class Prediction:
 
 
 def asked(records: Sequence[Record]) -> list[Prediction]:
-    """One for each of `records`, in their order, still without a reply: its last reply is the target."""
+    """A prediction without a reply for each of `records`, in their order; the record's last reply is the target."""
     return [Prediction(record.turns[-2]["content"], "", record.turns[-1]["content"]) for record in records]
 
 
@@ -47,8 +47,8 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 def read_predictions(path: Path) -> list[Prediction]:
     """Replies from any tool: our predictions.json, JSONL with such keys, or plain text.
 
-    Plain text holds one reply a paragraph where blank lines part them, otherwise one a line; such replies have no input
-    and no target. Raises `DataError` with the place.
+    Plain text holds one reply per paragraph if there are blank lines, otherwise one per line, without input and target.
+    Raises `DataError` with the place.
     """
     try:
         text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -62,12 +62,12 @@ def read_predictions(path: Path) -> list[Prediction]:
     replies = parted if len(parted) > 1 else text.split("\n")
     found = [Prediction("", reply.strip(), "") for reply in replies if reply.strip()]
     if not found:
-        raise DataError(f"{path} is empty: expected a reply a paragraph, a reply a line, or JSON.")
+        raise DataError(f"{path} is empty: expected a reply per paragraph, a reply per line, or JSON.")
     return found
 
 
 def _json_entries(path: Path, text: str) -> list[tuple[str, Any]]:
-    """The objects of a JSON list, or of JSONL; none where a text only begins like JSON (“[laughs] ...”)."""
+    """The objects of a JSON list or of JSONL; none if a text only begins like JSON (“[laughs] ...”)."""
     if text.lstrip().startswith("["):
         try:
             values = _strict(text, str(path))
@@ -84,7 +84,7 @@ def _json_entries(path: Path, text: str) -> list[tuple[str, Any]]:
             except json.JSONDecodeError as error:
                 if path.suffix not in (".json", ".jsonl"):
                     return []
-                raise DataError(f"{path}:{number}: not JSON: {error.msg}; write one object a line.") from None
+                raise DataError(f"{path}:{number}: not JSON: {error.msg}; write one object per line.") from None
     return entries
 
 
@@ -117,10 +117,37 @@ def _prediction(value: Any, place: str) -> Prediction:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+def reply_figures(
+    predictions: Sides[list[Prediction]], ended: Sides[list[bool]] | None, language: str, others: Collection[str]
+) -> Sides[Replies] | None:
+    """The figures of both sides; None without targets to compare with. `others` are speakers as in `figures_of`."""
+    base = predictions.base
+    if not any(prediction.target for prediction in predictions.tuned):
+        return None
+    tuned = figures_of(predictions.tuned, language, others, ended and ended.tuned)
+    if base is None or not any(prediction.target for prediction in base):
+        return Sides(tuned)
+    return Sides(tuned, figures_of(base, language, others, ended and ended.base))
+
+
+def exchanges(predictions: Sides[list[Prediction]], spans: Sequence[tuple[Span, ...]] | None) -> tuple[Exchange, ...]:
+    """The predictions of both sides beside each other, copied spans marked in the tuned ones."""
+    base = predictions.base or []
+    return tuple(
+        Exchange(
+            one.input,
+            one.target,
+            Sides(one.predict, base[at].predict if at < len(base) else None),
+            () if spans is None else spans[at],
+        )
+        for at, one in enumerate(predictions.tuned)
+    )
+
+
 def figures_of(
     predictions: Sequence[Prediction], language: str, others: Collection[str], ended: Sequence[bool] | None
 ) -> Replies:
-    """The figures of `predictions` that have a target; `others` are the speakers under whose name they must not speak.
+    """The figures of `predictions` that have a target; a reply under the name of one of `others` breaks character.
 
     BLEU (Papineni et al. 2002) and chrF (Popović 2015) are sacrebleu's, so that they compare between papers.
     """
@@ -166,17 +193,16 @@ def _units(text: str) -> list[str]:
 
 
 def breaks_character(reply: str, others: Collection[str]) -> str | None:
-    """The words by which `reply` falls out of the character: as a language model, or as one of `others`; else None."""
-    if found := speaks_as_ai(reply):
-        return found
-    return next((match[1] for match in _LABEL.finditer(reply) if match[1].casefold() in others), None)
+    """The words by which `reply` breaks character: as a language model, or as one of `others`; else None."""
+    return speaks_as_ai(reply) or next(
+        (match[1] for match in _LABEL.finditer(reply) if match[1].casefold() in others), None
+    )
 
 
 def other_speakers(records: Iterable[Record]) -> frozenset[str]:
-    """The names, folded, that stand before a colon in what the character is told, and the names of roles."""
+    """The names, folded, before a colon in the user's turns, and the names of roles."""
     own, names = set(), set(_ROLES)
     for record in records:
         own.add(str(record.meta.get("character", "")).casefold())
-        told = [turn["content"] for turn in record.turns if turn["role"] == "user"]
-        names |= {match[1].casefold() for text in told for match in _LABEL.finditer(text)}
+        names |= {match[1].casefold() for text in record.prompts for match in _LABEL.finditer(text)}
     return frozenset(names - own)

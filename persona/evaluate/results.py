@@ -1,20 +1,19 @@
-"""The figures of an evaluation, one class a kind, each as it stands in evaluation.json.
+"""The figures of an evaluation, one class a kind, each as it is written to evaluation.json.
 
 `tuned` is the model that was trained (or a merged one, or somebody else's generations), `base` the same model with its
-adapter switched off, `author` the held-out text itself. What was not measured is None; nothing is NaN.
+adapter switched off, `author` the held-out text itself. A figure that was not measured is None; none is NaN.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from persona.errors import UsageError
-from persona.files import write_json
+from persona.files import JsonObject, write_json
+from persona.train.verdict import Finding
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -23,16 +22,18 @@ PLAIN = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True, config=PLAIN)
 class Estimate:
-    """A figure with its 95 % confidence interval, or without one where there is too little to resample."""
+    """A figure with its 95 % confidence interval; without one if there is too little to resample."""
 
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
+    reason: str | None = None
+    """Why there is no value."""
 
 
 @dataclass(frozen=True, config=PLAIN)
 class Sides(Generic[T]):
-    """The same figure of both sides; `base` is None where there is no adapter to switch off."""
+    """The same figure of both sides; `base` is None if there is no adapter to switch off."""
 
     tuned: T
     base: T | None = None
@@ -44,7 +45,7 @@ class Sides(Generic[T]):
 
 @dataclass(frozen=True, config=PLAIN)
 class Score:
-    """How well a side expects the replies of a file, each in its real context."""
+    """How well one side predicts the replies of a file, each in its real context."""
 
     perplexity: Estimate
     """exp of the mean negative log-likelihood per supervised token."""
@@ -57,22 +58,34 @@ class FileScore:
     """The score on one file: the persona's held-out replies, or a control that should not get worse."""
 
     file: str
-    """With its folder, since files of several people have one name."""
+    """The file with its folder, since many files are called val.jsonl."""
     sha256: str
     role: Literal["held_out", "control"]
     conversations: int
     replies: int
     tokens: int
-    """Supervised ones."""
+    """Supervised tokens."""
     characters: int
-    """Of the replies."""
+    """Characters of the replies."""
     score: Sides[Score]
     ratio: Estimate | None
     """Perplexity of tuned over base, resampled in pairs: below 1 is better."""
     left_out: tuple[str, ...] = ()
     """Conversations that could not be measured exactly, with the reason."""
     precision: str = ""
-    """`fp32`, `bf16` or `fp16`, in which the model computed."""
+    """Precision of the computation: `fp32`, `bf16` or `fp16`."""
+
+
+@dataclass(frozen=True, config=PLAIN)
+class Matrix:
+    """Perplexities of several models on several files: each should predict its own author's file best."""
+
+    models: tuple[str, ...]
+    files: tuple[str, ...]
+    perplexity: tuple[tuple[float, ...], ...]
+    """A row per file, a column per model; the last column is the base of the first model, if it has one."""
+    own: tuple[str | None, ...]
+    """For each file the model whose held-out file it is, if any."""
 
 
 @dataclass(frozen=True, config=PLAIN)
@@ -113,12 +126,12 @@ class Question:
     """Asked under the system prompt of training."""
     without_system: Sides[Answer]
     trained: bool
-    """Whether the very question was learned, which is what lore is for, or held out."""
+    """Whether this very question was in the training data; the others were held out."""
 
 
 @dataclass(frozen=True, config=PLAIN)
 class Recall:
-    """Memory of the lore: share of the key facts that were found, mean over the questions."""
+    """Memory of the lore: the share of the key facts in an answer, as the mean over the questions."""
 
     with_system: Sides[Estimate]
     without_system: Sides[Estimate]
@@ -129,50 +142,46 @@ class Recall:
 
 @dataclass(frozen=True, config=PLAIN)
 class Span:
-    """A stretch of a reply, in characters, that stands in the training data too."""
+    """A span of a reply, in characters, that is in the training data too."""
 
     start: int
     end: int
     source: str
-    """Where in the training data: source and group of the conversation."""
+    """Source and group of the training conversation."""
 
 
 @dataclass(frozen=True, config=PLAIN)
-class Copying:
-    """How much of the replies is pasted from the training data (spans of 8 or more tokens)."""
+class Copied:
+    """How much of one side's replies is pasted from the training data (spans of 8 or more tokens)."""
 
-    share: float
-    """Of the replies' tokens, those in copied spans."""
+    share: Estimate
+    """Tokens in copied spans over all tokens of the replies; the interval is over replies."""
     longest: int
     """Tokens of the longest copied span."""
     text: str
     """That span."""
     source: str
-    """Where it comes from; empty where nothing is copied."""
+    """Its source and group in the training data; empty if nothing is copied."""
 
 
 @dataclass(frozen=True, config=PLAIN)
-class Diversity:
-    """How varied the words are, all sides cut to the same length; None where there is too little text."""
+class Copying:
+    """The copies of both sides, and the share of the author's own held-out replies that is in the training data too."""
 
-    distinct_1: float | None
-    distinct_2: float | None
-    mattr: float | None
-    """Moving-average type-token ratio."""
-    self_bleu: float | None
-    """0 to 100: how much the replies are alike."""
+    author: float
+    side: Sides[Copied]
 
 
 @dataclass(frozen=True, config=PLAIN)
 class Exchange:
-    """One held-out prompt and what each side said, for reading side by side."""
+    """One held-out prompt with the replies of both sides."""
 
     prompt: str
     """The last user message."""
     target: str
     said: Sides[str]
     copied: tuple[Span, ...]
-    """In the tuned reply."""
+    """Spans of the tuned reply."""
 
 
 @dataclass(frozen=True, config=PLAIN)
@@ -180,16 +189,28 @@ class Distance:
     """One measure of style: how far each side is from the author, and the author from himself."""
 
     name: str
+    unit: str
     author: Estimate
     """Between random halves of the author's own text: nothing can be nearer than that."""
-    distance: Sides[float]
+    distance: Sides[Estimate]
+
+
+@dataclass(frozen=True, config=PLAIN)
+class Level:
+    """One plain measure of a text by itself, such as the length of its sentences."""
+
+    name: str
+    unit: str
+    author: Estimate
+    side: Sides[Estimate]
 
 
 @dataclass(frozen=True, config=PLAIN)
 class Distribution:
-    """Shares (or rates) by class, to be drawn over each other."""
+    """Shares or rates by class, to be drawn over each other."""
 
     name: str
+    unit: str
     labels: tuple[str, ...]
     author: tuple[float, ...]
     side: Sides[tuple[float, ...]]
@@ -208,41 +229,34 @@ class Phrase:
 class StyleReport:
     """How far from base to author the tuned model has come."""
 
-    headline: Estimate | None
-    """0 is the base, 1 the author; None without a base."""
+    headline: Estimate
+    """0 is the base, 1 is as near as the author's own other half."""
     words: str
-    """How words were found: `jieba`, `character bigrams`, `letters`."""
+    """The way words were cut: `words`, `jieba 0.42.1`, `character bigrams`."""
     texts: int
+    sample: int
+    """Characters of each sample that was compared; distances of other lengths do not compare."""
     distances: tuple[Distance, ...]
+    """The last is the weighted mean behind the headline."""
+    levels: tuple[Level, ...]
+    diversity: tuple[Level, ...]
+    """The variety of the words, all sides cut to the same length."""
     distributions: tuple[Distribution, ...]
     phrases: tuple[Phrase, ...]
-    diversity: Sides[Diversity]
-    author_diversity: Diversity
     notes: tuple[str, ...] = ()
-    """What a person should know of the figures, such as too little text."""
+    """Warnings about the figures, such as too little text."""
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
-# What an evaluation found, as it stands in evaluation.json: plain JSON for programs, classes for our own pages.
+# --- the whole --------------------------------------------------------------------------------------------------------
 
 
 NAME = "evaluation.json"
-FORMAT = 1
-
-
-@dataclass(frozen=True, config=PLAIN)
-class Finding:
-    """A sentence of the verdict, with its number in it, and the setting to change, if one helps."""
-
-    code: str
-    """Such as `best_at`, `overfitting`, `does_not_stop`."""
-    text: str
-    setting: str | None = None
+FORMAT = 2
 
 
 @dataclass(frozen=True, config=PLAIN)
 class Curve:
-    """What a run measured while it trained, by update."""
+    """The losses that a run measured, by update."""
 
     train: tuple[tuple[int, float], ...]
     """Loss in nats per token."""
@@ -254,67 +268,47 @@ class Curve:
 
 @dataclass(frozen=True, config=PLAIN)
 class DataStatistics:
-    """What was learned from, or measured on."""
+    """Counts of one file that was trained or measured on."""
 
     file: str
     sha256: str
     conversations: int
     replies: int
     characters: int
-    """Of the replies."""
+    """Characters of the replies."""
     median_reply: int
-    """Characters."""
+    """Median length of a reply in characters."""
     types: dict[str, int]
     """Conversations by `meta.type`."""
 
 
 @dataclass(frozen=True, config=PLAIN)
 class Evaluation:
-    """Everything that was found about one model."""
+    """All figures of one model."""
 
     name: str
-    """Of the run or the file."""
+    """Name of the run or the file."""
     kind: Literal["adapter", "model", "texts"]
     seed: int
     language: str
-    """`zh` or `en`: which tokenizer BLEU takes and how words are counted."""
+    """`zh` or `en`; it decides the tokenizer of BLEU and how words are counted."""
     scores: tuple[FileScore, ...] = ()
     replies: Sides[Replies] | None = None
     recall: Recall | None = None
-    copying: Sides[Copying] | None = None
+    copying: Copying | None = None
     style: StyleReport | None = None
     exchanges: tuple[Exchange, ...] = ()
     verdict: tuple[Finding, ...] = ()
     curve: Curve | None = None
     data: tuple[DataStatistics, ...] = ()
-    settings: dict[str, Any] | None = None
-    """The run's configuration."""
+    settings: JsonObject | None = None
+    """The settings of the run."""
     versions: dict[str, str] | None = None
     hashes: dict[str, str] | None = None
-    """SHA-256 by what they are of: base, adapter, data files."""
+    """SHA-256 of the base, the adapter and the data files."""
     format: int = FORMAT
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Write `evaluation` as readable JSON, whole or not at all."""
     write_json(path, asdict(evaluation))
-
-
-def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in `path`, a file or the folder of a run; raises `UsageError` with the place of what is wrong."""
-    file = path / NAME if path.is_dir() else path
-    again = f"Make it with: python evaluate_model.py report {path.as_posix()}"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"{file} cannot be read. {again}") from None
-    try:
-        if (found := json.loads(text).get("format")) != FORMAT:
-            raise UsageError(f"{file}: it is of format {found}, this version reads format {FORMAT}. {again}")
-        return TypeAdapter(Evaluation).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{file}: {place}: {first['msg']}. {again}") from None
-    except (ValueError, AttributeError):
-        raise UsageError(f"{file} is no evaluation. {again}") from None

@@ -1,4 +1,4 @@
-"""What is evaluated, and on what: a run, a merged model or a file of texts; all that is known before torch is there."""
+"""The subject of an evaluation (run, merged model or file of texts) and its data, read before torch is imported."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class Measured:
     system: str | None
     """System prompt of its conversations that have none."""
     own: bool
-    """Whether it is the persona's held-out file; otherwise it is a control."""
+    """Whether it is the persona's held-out file; the others are controls."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Subject:
     """Folder of the base or merged model; None for texts."""
     adapter: Path | None
     run: Path | None
-    """The folder of the run that the adapter is the result of."""
+    """The folder of the run that made the adapter."""
     texts: list[Prediction] | None
     base_texts: list[Prediction] | None
-    """What another model wrote, to compare `texts` with."""
+    """Texts of another model, to compare `texts` with."""
     held_out: Measured
     trained: list[Record]
     """Training conversations and lore; empty where their files are gone."""
@@ -47,7 +47,7 @@ class Subject:
 
     @property
     def kind(self) -> Literal["adapter", "model", "texts"]:
-        """What it is."""
+        """The kind of the subject."""
         return "texts" if self.texts is not None else "model" if self.adapter is None else "adapter"
 
 
@@ -57,9 +57,9 @@ def read_subject(
     overrides: list[str],
     data: Path | None,
     output: Path | None,
-    base_texts: Path | None = None,
+    base_texts: Path | None,
 ) -> Subject:
-    """Find what `target` means (None: the configured run) and read its data; raises `UsageError` and `DataError`."""
+    """The subject that `target` names (None: the configured run) and its data; raises `UsageError` and `DataError`."""
     config = run_settings(target, settings, overrides)
     if data is not None:
         changed = config.data.model_copy(update={"validation_file": str(data)})
@@ -96,19 +96,24 @@ def read_subject(
 
 
 def read_controls(paths: Sequence[Path]) -> list[Measured]:
-    """Files of neutral text or of another author, asked without any system prompt but their own."""
+    """Files of neutral text or of another author; they have no system prompt but their own."""
     return [Measured(path, read_records(path), None, own=False) for path in paths]
 
 
+def all_replies(records: Sequence[Record]) -> list[str]:
+    """The replies of all `records`, in their order."""
+    return [reply for record in records for reply in record.replies]
+
+
 def _with_targets(texts: list[Prediction], records: Sequence[Record]) -> list[Prediction]:
-    """Texts without targets that are as many as the held-out conversations are replies to these, in their order."""
+    """`texts` as replies to the held-out conversations in their order, if they have no targets and are as many."""
     if any(text.target for text in texts) or len(texts) != len(records):
         return texts
     return [replace(one, predict=text.predict) for one, text in zip(asked(records), texts, strict=True)]
 
 
 def _run_of(adapter: Path | None) -> Path | None:
-    """The run whose finished adapter this is; a checkpoint's figures are not those of its run."""
+    """The run whose finished adapter this is; None for a checkpoint, whose figures are not those of its run."""
     if adapter is None or kind_of(adapter) == "checkpoint":
         return None
     folder = adapter.resolve().parent
@@ -122,12 +127,12 @@ def _training_data(config: Config) -> tuple[list[Record], tuple[str, ...]]:
         if name is not None and Path(name).is_file():
             trained += read_records(Path(name))
         elif name is not None:
-            notes.append(f"{name} is not here (data.{setting}): what was copied from it is not found")
+            notes.append(f"{name} is not here (data.{setting}): copies from it are not found")
     return trained, tuple(notes)
 
 
 def _system_prompt(config: Config, persona: Persona | None, trained: Sequence[Record], named: bool) -> str | None:
-    """The one that was trained; raises `UsageError` where settings and model clearly belong to two personas."""
+    """The system prompt as trained; raises `UsageError` if settings and model clearly belong to two personas."""
     if persona is None:
         return choose_system_prompt(config.data, trained)
     if not named and persona.system_prompt != choose_system_prompt(config.data, trained):

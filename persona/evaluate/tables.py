@@ -3,14 +3,15 @@
 from collections.abc import Callable, Sequence
 
 from persona.console import columns, excerpt, safe
-from persona.evaluate.loaded import Matrix
-from persona.evaluate.results import Copying, Estimate, FileScore, Finding, Recall, Replies, Sides, StyleReport
+from persona.evaluate.results import Copying, Estimate, FileScore, Matrix, Recall, Replies, Sides, StyleReport
 
 Row = tuple[str, ...]
 
 
 def number(estimate: Estimate, form: str = ".2f") -> str:
-    """A figure with its interval, if it has one."""
+    """A figure with its interval, if it has one; a dash if it was not measured."""
+    if estimate.value is None:
+        return "-"
     if estimate.low is None or estimate.high is None:
         return format(estimate.value, form)
     return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"
@@ -35,7 +36,7 @@ def scores(found: Sequence[FileScore]) -> str:
 
 
 def matrix(found: Matrix) -> str:
-    """A row a file, a column a model; the lowest of each row is marked."""
+    """A row per file, a column per model; the lowest figure of each row is marked."""
     rows: list[Row] = [("perplexity on", *map(safe, found.models))]
     for file, values in zip(found.files, found.perplexity, strict=True):
         least = min(values)
@@ -46,7 +47,7 @@ def matrix(found: Matrix) -> str:
         if own is not None
     )
     owned = sum(own is not None for own in found.own)
-    return f"{columns(rows)}\n  * lowest. {right} of {owned} held-out files are expected best by their own model."
+    return f"{columns(rows)}\n  * lowest. {right} of {owned} held-out files are predicted best by their own model."
 
 
 def replies(found: Sides[Replies]) -> str:
@@ -62,16 +63,16 @@ def replies(found: Sides[Replies]) -> str:
     return _sides(found, figures)
 
 
-def copying(found: Sides[Copying]) -> str:
-    """How much is pasted from the training data, and the longest piece of it."""
+def copying(found: Copying) -> str:
+    """The share that is pasted from the training data, and the longest span of it."""
     text = _sides(
-        found,
+        found.side,
         [
-            ("copied from training", lambda one: f"{one.share:.1%}"),
+            ("copied from training", lambda one: number(one.share, ".1%")),
             ("longest copied span, tokens", lambda one: str(one.longest)),
         ],
     )
-    longest = found.tuned
+    longest = found.side.tuned
     return f"{text}\n  {excerpt(longest.source, 40)}: {excerpt(longest.text, 100)}" if longest.longest else text
 
 
@@ -88,13 +89,17 @@ def recall(found: Recall) -> str:
 
 
 def style(found: StyleReport) -> str:
-    """How far from base to author, and every distance beside its two anchors."""
-    head = "not measured" if found.headline is None else number(found.headline, ".0%")
+    """The way from base to author, and every distance beside its two anchors."""
+    head = number(found.headline, ".0%") if found.headline.value is not None else "not measured"
     rows: list[Row] = [("distance from the author", "base", "tuned", "author, other half")]
     for one in found.distances:
-        base = "-" if one.distance.base is None else f"{one.distance.base:.3f}"
-        rows.append((one.name, base, f"{one.distance.tuned:.3f}", number(one.author, ".3f")))
-    lines = [f"  of the way from base to author: {head}", columns(rows)]
+        base = "-" if one.distance.base is None else _plain(one.distance.base, ".3f")
+        rows.append((one.name, base, _plain(one.distance.tuned, ".3f"), number(one.author, ".3f")))
+    levels: list[Row] = [("text by itself", "author", "base", "tuned")]
+    for one in (*found.levels, *found.diversity):
+        base = "-" if one.side.base is None else _plain(one.side.base, ".2f")
+        levels.append((f"{one.name}, {one.unit}", _plain(one.author, ".2f"), base, _plain(one.side.tuned, ".2f")))
+    lines = [f"  of the way from base to author: {head}", columns(rows), columns(levels)]
     if found.phrases:
         phrases: list[Row] = [("catch-phrases, in 1,000 words", "author", "base", "tuned")]
         for phrase in found.phrases[:8]:
@@ -104,13 +109,8 @@ def style(found: StyleReport) -> str:
     return "\n".join([*lines, *(f"  note: {safe(note)}" for note in found.notes)])
 
 
-def verdict(found: Sequence[Finding]) -> list[str]:
-    """The verdict, a finding a line, what to change below."""
-    lines = []
-    for finding in found:
-        lines.append(f"  - {safe(finding.text)}")
-        lines += [f"    To change it: {finding.setting}"] * (finding.setting is not None)
-    return lines
+def _plain(estimate: Estimate, form: str) -> str:
+    return "-" if estimate.value is None else format(estimate.value, form)
 
 
 def _sides(found: Sides, figures: Sequence[tuple[str, Callable]]) -> str:

@@ -1,4 +1,4 @@
-"""A run's history as it was written: what the losses were and which evaluation was best."""
+"""The losses that a run or transformers wrote, by step, and the best evaluation among them."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from persona.console import excerpt
 from persona.errors import DataError, UsageError
+from persona.files import JsonObject
 
 Points = list[tuple[int, float]]
 
@@ -20,7 +20,7 @@ _EXPECTED = f"Give a run folder such as outputs/my_run, its {_OURS}, or a {_TRAN
 
 @dataclass(frozen=True)
 class History:
-    """What a run measured, by step; an evaluation at step 0 is the base model's. Values may be NaN."""
+    """Losses and learning rates of a run, by step; an evaluation at step 0 is the base model's. Values may be NaN."""
 
     name: str
     train: Points
@@ -39,7 +39,7 @@ class History:
 
     @property
     def gaps(self) -> int:
-        """How many losses are NaN or infinite and therefore missing from the picture."""
+        """The number of losses that are NaN or infinite and so missing from the picture."""
         return sum(not math.isfinite(loss) for _, loss in self.train + self.evaluations)
 
 
@@ -86,8 +86,8 @@ def _text(file: Path) -> str:
         raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
 
 
-def _metrics_lines(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place and object; a last line that a killed run left unfinished is no fault."""
+def _metrics_lines(file: Path, text: str) -> Iterator[tuple[str, JsonObject]]:
+    """Each line's place and object; a last line that a killed run left unfinished is left out."""
     lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -105,7 +105,7 @@ def _metrics_lines(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]
         yield f"{file}:{number}", entry
 
 
-def _log_history(file: Path, text: str) -> list[dict[str, Any]]:
+def _log_history(file: Path, text: str) -> list[JsonObject]:
     try:
         state = json.loads(text)
     except ValueError as error:
@@ -117,8 +117,8 @@ def _log_history(file: Path, text: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _points(lines: Sequence[tuple[str, dict[str, Any]]], key: str) -> Points:
-    """`key` by step. Of two lines for a step the later one counts: a resumed run repeats the steps it had lost."""
+def _points(lines: Sequence[tuple[str, JsonObject]], key: str) -> Points:
+    """The values of `key` by step. A later line for the same step counts: a resumed run repeats the steps it lost."""
     values: dict[int, float] = {}
     for place, entry in lines:
         if key not in entry:
@@ -126,7 +126,7 @@ def _points(lines: Sequence[tuple[str, dict[str, Any]]], key: str) -> Points:
         step, value = entry.get("step"), entry[key]
         if type(step) is not int or step < 0:
             raise DataError(f'{place}: "step" must be a whole number from 0, found {excerpt(repr(step))}.')
-        if value is not None and type(value) not in (int, float):  # null is how strict JSON writers spell NaN
+        if value is not None and type(value) not in (int, float):  # strict JSON writers spell NaN null
             raise DataError(f'{place}: "{key}" must be a number, found {excerpt(repr(value))}.')
         values[step] = math.nan if value is None else float(value)
     return sorted(values.items())
@@ -140,7 +140,7 @@ def _name(file: Path) -> str:
 
 
 def told_apart(histories: Sequence[History]) -> list[History]:
-    """The same histories; where several runs share a name, each after the first gets a number."""
+    """The same histories; of several runs with one name, each after the first gets a number."""
     seen: Counter[str] = Counter()
     result = []
     for history in histories:

@@ -1,7 +1,7 @@
-"""What a run has come to, in words: every sentence with its number, and what to change where something is wrong.
+"""The verdict on a run in words: every sentence with its number, and advice if something is wrong.
 
-Nothing is called better or worse that may be chance: losses must differ by more than `noise`, shares and ratios by
-their whole interval.
+It reports a difference only when it is too large to be chance: losses must differ by more than `noise`, shares and
+ratios by their whole interval.
 """
 
 import math
@@ -21,25 +21,25 @@ LEARNED_BY_HEART = 1.0  # nats by which the training loss fell further than the 
 
 
 @dataclass(frozen=True)
-class Said:
-    """One sentence about a run."""
+class Finding:
+    """One sentence of the verdict, with its number in it."""
 
     kind: str
     """For programs, such as `overfitting`."""
     text: str
     advice: str | None = None
-    """The setting to change, where something is wrong."""
+    """Advice if something is wrong: a sentence that names the settings."""
 
 
 def noise(measured_tokens: int) -> float:
-    """Nats by which two held-out losses over so many tokens may differ by chance."""
+    """Nats by which two held-out losses over this many tokens may differ by chance."""
     return SIGMAS * SPREAD / math.sqrt(max(measured_tokens, 1))
 
 
-def of_training(history: History, measured_tokens: int, per_epoch: float) -> list[Said]:
-    """What the course of the losses says.
+def of_training(history: History, measured_tokens: int, per_epoch: float) -> list[Finding]:
+    """The findings from the losses of a run.
 
-    `measured_tokens` are those behind each held-out loss, `per_epoch` the updates of an epoch.
+    Each held-out loss was measured on `measured_tokens` tokens; an epoch has `per_epoch` updates.
     """
     measured = [point for point in history.evaluations if math.isfinite(point[1])]
     base = next((loss for step, loss in measured if step == 0), None)
@@ -50,7 +50,7 @@ def of_training(history: History, measured_tokens: int, per_epoch: float) -> lis
     best = min(tuned, key=lambda point: point[1])
     if base is not None and base - best[1] <= (least := max(chance, TOO_LITTLE)):
         return [
-            Said(
+            Finding(
                 "not_learned",
                 f"It has not learned the voice: the held-out loss was {base:.3f} before training and {best[1]:.3f} at "
                 f"best (update {best[0]}); a fall of {least:.3f} may be chance or is too little to hear.",
@@ -62,25 +62,25 @@ def of_training(history: History, measured_tokens: int, per_epoch: float) -> lis
     return [finding for finding in findings if finding is not None]
 
 
-def _not_measured(history: History) -> Said:
-    text = "0 evaluations on held-out conversations: whether it learned the voice, or only its lines, cannot be said."
+def _not_measured(history: History) -> Finding:
+    text = "0 evaluations on held-out conversations: they would show whether it learned the voice or only its lines."
     train = [point for point in history.train if math.isfinite(point[1])]
     if len(train) > 1:
         text += f" The training loss went from {train[0][1]:.2f} to {train[-1][1]:.2f} in {train[-1][0]} updates."
-    return Said("not_measured", text, "Set data.validation_file; convert_dataset.py writes one.")
+    return Finding("not_measured", text, "Set data.validation_file; convert_dataset.py writes one.")
 
 
-def _best(base: float | None, best: tuple[int, float], updates: int) -> Said:
+def _best(base: float | None, best: tuple[int, float], updates: int) -> Finding:
     text = f"Best at update {best[0]} of {updates}: held-out perplexity {math.exp(best[1]):.1f}"
     if base is not None:
         text += f", from {math.exp(base):.1f} before training ({math.exp(best[1] - base):.0%} of it)"
-    return Said("best", f"{text}.")
+    return Finding("best", f"{text}.")
 
 
 def _end(
     base: float | None, best: tuple[int, float], tuned: Points, train: Points, chance: float, per_epoch: float
-) -> Said | None:
-    """Whether the held-out loss was falling, level or rising at the end; None where one evaluation cannot say it."""
+) -> Finding | None:
+    """Whether the held-out loss was falling, level or rising at the end; None if one evaluation is all there is."""
     last = tuned[-1]
     if last[1] - best[1] > chance:
         return _overfitting(best, last, train, per_epoch)
@@ -90,7 +90,7 @@ def _end(
     enough = max(chance, STILL_LEARNING * (base - best[1]) if base is not None else 0.0)
     gain = before[-1][1] - last[1]
     if gain > enough:
-        return Said(
+        return Finding(
             "still_learning",
             f"Still learning: over the last {last[0] - before[-1][0]} updates the held-out loss fell by {gain:.3f}, "
             f"from {before[-1][1]:.3f} to {last[1]:.3f}.",
@@ -98,13 +98,13 @@ def _end(
         )
     apart = [place for place, point in enumerate(tuned) if abs(point[1] - last[1]) > enough]
     since = tuned[apart[-1] + 1 if apart else 0]
-    return Said(
+    return Finding(
         "levelled_off",
         f"Levelled off: since update {since[0]} the held-out loss has stayed within {enough:.3f} of {last[1]:.3f}.",
     )
 
 
-def _overfitting(best: tuple[int, float], last: tuple[int, float], train: Points, per_epoch: float) -> Said:
+def _overfitting(best: tuple[int, float], last: tuple[int, float], train: Points, per_epoch: float) -> Finding:
     text = (
         f"Overfitting since update {best[0]}: the held-out loss rose from {best[1]:.3f} to {last[1]:.3f} at update "
         f"{last[0]}"
@@ -112,7 +112,7 @@ def _overfitting(best: tuple[int, float], last: tuple[int, float], train: Points
     then, now = _mean_around(train, best[0]), _mean_around(train, last[0])
     if then is not None and now is not None and now < then:
         text += f", while the training loss went on falling, from {then:.2f} to {now:.2f}"
-    return Said(
+    return Finding(
         "overfitting",
         f"{text}. The adapter of update {best[0]} was kept.",
         f"Set training.num_train_epochs to about {best[0] / per_epoch:.1f}; more conversations, a smaller lora.r or "
@@ -121,17 +121,17 @@ def _overfitting(best: tuple[int, float], last: tuple[int, float], train: Points
 
 
 def _mean_around(train: Points, step: int) -> float | None:
-    """Mean of the training losses in the sixth of all updates that ends at `step`."""
+    """The mean training loss over the last sixth of all updates before `step`."""
     width = max(train[-1][0] // 6, 1) if train else 0
     losses = [loss for at, loss in train if step - width < at <= step and math.isfinite(loss)]
     return sum(losses) / len(losses) if losses else None
 
 
-def _by_heart(base: float | None, last: tuple[int, float], train: Points) -> Said | None:
+def _by_heart(base: float | None, last: tuple[int, float], train: Points) -> Finding | None:
     first, now = next((loss for step, loss in train if step == 1), None), _mean_around(train, last[0])
     if base is None or first is None or now is None or (first - now) - (base - last[1]) <= LEARNED_BY_HEART:
         return None
-    return Said(
+    return Finding(
         "memorised",
         f"Learning by heart: on its training lines the loss fell by {first - now:.2f}, on held-out lines "
         f"{'by only' if last[1] < base else 'it rose by'} {abs(base - last[1]):.2f}.",
@@ -139,8 +139,8 @@ def _by_heart(base: float | None, last: tuple[int, float], train: Points) -> Sai
     )
 
 
-def as_text(findings: Sequence[Said]) -> str:
-    """The findings for a terminal, one a line, what to change below."""
+def as_text(findings: Sequence[Finding]) -> str:
+    """The findings for a terminal, one a line, each with its advice below."""
     lines = []
     for finding in findings:
         lines.append(f"  - {finding.text}")

@@ -5,6 +5,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import asdict
 from typing import NamedTuple
 
 import pytest
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from persona.errors import DataError, UsageError
+from persona.evaluate.blind import sheet as blind
 from persona.evaluate.blind.scoring import describe, score_sheet
-from persona.evaluate.blind.sheet import make_sheet
 from persona.evaluate.intervals import binomial_p, cohen_kappa, log_odds, preference, wilson
 
 
@@ -25,6 +26,11 @@ class Prediction(NamedTuple):
 
 def predictions(replies):
     return [Prediction(f"Question {i}?", reply) for i, reply in enumerate(replies)]
+
+
+def make_sheet(first, second, folder, secret, **more):
+    options = {"names": ("tuned", "base"), "about": None, "examples": [], "limit": None} | more
+    return blind.make_sheet(first, second, folder, secret, **options)
 
 
 def shown(sheet):
@@ -145,7 +151,7 @@ def test_nothing_but_the_words_tells_the_sides_apart(tmp_path):
     """Replies of equal length on all 400 pairs, so that a classifier sees order, identifiers and markup alone."""
     tuned = predictions([f"**Aye** {i:03d}  \r\n\r\n\r\n" for i in range(400)])
     base = predictions([f"Sure {i:03d}<|im_end|>"[:20] for i in range(400)])
-    sheet = make_sheet(predictions([one.predict.replace("Aye", "Ayes") for one in tuned]), base, tmp_path / "a", None)
+    sheet = make_sheet(predictions([one.predict.replace("Aye", "Ayes") for one in tuned]), base, tmp_path / "a", "s")
     page = shown(sheet)
     names = {pair["id"]: pair["left"] == "tuned" for pair in key_of(sheet)["pairs"]}
     sides = [names[pair["id"]] for pair in page["pairs"]]
@@ -189,9 +195,6 @@ def test_sides_and_order_come_from_the_seed_alone(tmp_path):
     assert 5 < sum(lefts[0][i] == lefts[1][i] for i in range(40)) < 35
     orders = [[pair["prediction"] for pair in key_of(sheet)["pairs"]] for sheet in (one, other)]
     assert orders[0] != orders[1] != sorted(orders[1])
-    drawn = {key_of(make(tmp_path / f"none{i}", 4, None))["seed"] for i in range(3)}
-    assert len(drawn) == 3
-    assert all(len(seed) == 64 for seed in drawn)
 
 
 def test_swapped_sides_give_a_sheet_of_another_name(tmp_path):
@@ -295,7 +298,7 @@ def test_several_readers_count_by_their_majority(tmp_path):
     chance = sum(counts[0][c] * counts[1][c] for c in ("left", "right", "tie")) / 144
     assert score.agreement[0].kappa == pytest.approx((8 / 12 - chance) / (1 - chance))
     assert "Ada and Bo gave the same answer to 67 % of the pairs" in describe(score)
-    assert json.loads(json.dumps(score.as_json()))["overall"]["wins"] == 8
+    assert json.loads(json.dumps(asdict(score)))["overall"]["wins"] == 8
 
 
 def test_a_reader_who_clicks_one_side_is_noticed(tmp_path):

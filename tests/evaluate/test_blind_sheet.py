@@ -5,8 +5,8 @@ import json
 import pytest
 from making.browser import Opened, chromium, contrast, luminance
 
+from persona.evaluate.blind import sheet as blind
 from persona.evaluate.blind.scoring import score_sheet
-from persona.evaluate.blind.sheet import make_sheet
 from persona.evaluate.predictions import Prediction
 
 COUNT = 5
@@ -23,12 +23,17 @@ def predictions(replies):
     return [Prediction(f"Question {i}?\n" + "And more of it. " * 12, text, "") for i, text in enumerate(replies)]
 
 
+def make_sheet(first, second, folder, about=None, examples=()):
+    options = {"names": ("tuned", "base"), "about": about, "examples": examples, "limit": None}
+    return blind.make_sheet(first, second, folder, "secret", **options)
+
+
 @pytest.fixture(scope="module")
 def sheet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ab") / "我的 sheet"
     tuned = [f"Aye, little barnacle, {i}. " * 6 for i in range(COUNT)]
     base = [EVIL, "", "w" * 300, "As an assistant, " * 60, "Certainly."]
-    return make_sheet(predictions(tuned), predictions(base), folder, "s", about="Tamsin", examples=["Mind the tide."])
+    return make_sheet(predictions(tuned), predictions(base), folder, about="Tamsin", examples=["Mind the tide."])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def chinese_sheet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zh")
     tuned = [f"哼，你管得着吗？第{i}次了。" for i in range(COUNT)]
     base = [f"作为一个人工智能助手，我很乐意帮助你。{i}" for i in range(COUNT)]
-    return make_sheet(predictions(tuned), predictions(base), folder, "s")
+    return make_sheet(predictions(tuned), predictions(base), folder)
 
 
 @pytest.fixture

@@ -1,21 +1,25 @@
 """evaluate_model.py from the command line to its files, on a run of the tiny model."""
 
+import inspect
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from making.evaluations import stored
 from making.runs import config, conversations, write_jsonl
 
 from persona.config import dump_config
 from persona.errors import DataError, UsageError
 from persona.evaluate import command
-from persona.evaluate import loaded as measuring
-from persona.evaluate.perplexity import example_losses
+from persona.evaluate.blind.command import compare_blindly
+from persona.evaluate.loaded import load
+from persona.evaluate.page import report_page
+from persona.evaluate.perplexity import example_losses, matrix, score
 from persona.evaluate.predictions import read_predictions
-from persona.evaluate.results import read_evaluation
 from persona.evaluate.subject import read_controls, read_subject
 from persona.records import read_records
 from persona.train.run import finetune
@@ -40,7 +44,7 @@ def world(folder):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny_model):
-    """A folder with a finished run in outputs/tiny whose adapter knows its lines."""
+    """A folder with a finished run in outputs/tiny whose adapter has learned its lines."""
     folder = tmp_path_factory.mktemp("evaluate 评估")
     data = {"lore_file": str(world(folder))}
     made = config(
@@ -68,8 +72,13 @@ RUN = "outputs/tiny"
 
 
 def subject_of(target=RUN, **options):
-    given = {"settings": None, "overrides": [], "data": None, "output": None} | options
+    given = {"settings": None, "overrides": [], "data": None, "output": None, "base_texts": None} | options
     return read_subject(target, **given)
+
+
+def silent(_):
+    """The progress of a step, shown to nobody."""
+    return lambda *_: None
 
 
 def lines():
@@ -114,9 +123,9 @@ def test_finished_replies_are_not_generated_again(home, tmp_path, monkeypatch):
 
 
 def test_base_and_tuned_are_one_model_and_the_adapter_is_put_back(home):
-    loaded = measuring.load(subject_of(), False, 4, lambda _: lambda *_: None)
+    loaded = load(subject_of(), False, 4, silent, writes=True)
     held_out = loaded.subject.held_out
-    first, second = (measuring.score(loaded, [held_out], lambda _: lambda *_: None)[0] for _ in range(2))
+    first, second = (score(loaded, [held_out], silent)[0] for _ in range(2))
     assert first == second
     assert first.score.base.perplexity.value > 2 * first.score.tuned.perplexity.value
 
@@ -125,8 +134,8 @@ def test_on_a_cpu_it_writes_in_float32_and_scores_as_it_was_trained(home):
     subject = subject_of()
     training = subject.config.training.model_copy(update={"precision": "bf16"})
     subject = replace(subject, config=subject.config.model_copy(update={"training": training}))
-    assert measuring.load(subject, False, 2, lambda _: lambda *_: None).precision == "fp32"
-    assert measuring.load(subject, False, 2, lambda _: lambda *_: None, writes=False).precision == "bf16"
+    assert load(subject, False, 2, silent, writes=True).precision == "fp32"
+    assert load(subject, False, 2, silent, writes=False).precision == "bf16"
 
 
 def test_a_matrix_of_two_runs_has_its_lowest_figures_on_the_diagonal(home, tiny_model, tmp_path):
@@ -146,7 +155,7 @@ def test_a_matrix_of_two_runs_has_its_lowest_figures_on_the_diagonal(home, tiny_
     finetune(made, True, lambda _: None)
     control = write_jsonl(tmp_path / "neutral.jsonl", conversations(3))
     subjects = [subject_of(), subject_of(made.training.output_dir)]
-    found = measuring.matrix(subjects, read_controls([control]), False, lambda _: lambda *_: None)
+    found = matrix(subjects, read_controls([control]), False, silent)
     assert found.models == ("tiny", "tiny", "base")
     rows = found.perplexity
     assert len(rows) == 3
@@ -218,7 +227,7 @@ def test_the_report_holds_everything_and_every_part_agrees(home, tmp_path):
     subject = subject_of(output=tmp_path / "report")
     said, report = lines()
     found = command.run_report(subject, read_controls([control]), False, 8, 3, report)
-    assert read_evaluation(tmp_path / "report") == found
+    assert stored(tmp_path / "report" / "evaluation.json") == found
     assert (found.name, found.kind, found.language, found.seed) == ("tiny", "adapter", "en", 0)
     assert [score.role for score in found.scores] == ["held_out", "control"]
     tuned, base = (read_predictions(tmp_path / "report" / f"predictions{side}.json") for side in ("", "_base"))
@@ -228,8 +237,8 @@ def test_the_report_holds_everything_and_every_part_agrees(home, tmp_path):
     assert len(found.recall.questions) == 3
     assert found.recall.facts_given
     assert all(one.trained for one in found.recall.questions)
-    assert found.copying.tuned.share >= found.copying.base.share
-    assert {finding.code for finding in found.verdict} & {"best", "not_learned"}
+    assert found.copying.side.tuned.share.value >= found.copying.side.base.share.value
+    assert {finding.kind for finding in found.verdict} & {"best", "not_learned"}
     assert found.curve.held_out[0][0] == 0
     assert found.curve.best == found.curve.held_out[-1][0]
     assert found.settings["data"]["max_length"] == 256
@@ -237,7 +246,13 @@ def test_the_report_holds_everything_and_every_part_agrees(home, tmp_path):
     assert {"base", "adapter", "val.jsonl"} <= found.hashes.keys()
     assert "sacrebleu" in found.versions
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert f"{found.scores[0].score.tuned.perplexity.value:.2f}"[:3] in page
+    assert page == report_page(found)
+    for i, one in enumerate(found.scores):
+        for side in ("base", "tuned"):
+            value = getattr(one.score, side).perplexity.value
+            place = f"scores.{i}.score.{side}.perplexity.value"
+            (shown,) = re.findall(rf'<data value="{value!r}" data-at="{place}">([^<]*)</data>', page)
+            assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.005), place
     again = command.run_report(subject, read_controls([control]), False, 2, 3, report)
     assert again == found  # of the finished replies, that is; another batch size is another test
 
@@ -249,20 +264,15 @@ def test_texts_are_reported_with_and_without_a_base(home, tmp_path):
     author = write_jsonl(tmp_path / "author.jsonl", conversations(40))
     options = {"settings": home / RUN / "config.json", "data": author, "output": tmp_path / "out"}
     alone = command.run_report(subject_of(str(target), **options), [], False, 8, None, lambda _: None)
-    assert (alone.kind, alone.scores, alone.recall, alone.curve, alone.style.headline) == (
-        "texts",
-        (),
-        None,
-        None,
-        None,
-    )
+    assert (alone.kind, alone.scores, alone.recall, alone.curve) == ("texts", (), None, None)
+    assert (alone.style.headline.value, alone.style.headline.reason) == (None, "no texts of a base model")
     assert alone.replies.base is None
     assert len(alone.style.distances) > 3
     both = command.run_report(subject_of(str(target), base_texts=base, **options), [], False, 8, None, lambda _: None)
     assert both.style.headline.value > 0.3
     assert both.style.headline.low is not None
     assert both.replies.base.chrf < both.replies.tuned.chrf
-    pairs = [(one.distance.tuned, one.distance.base) for one in both.style.distances]
+    pairs = [(one.distance.tuned.value, one.distance.base.value) for one in both.style.distances]
     assert sum(tuned < base for tuned, base in pairs) > len(pairs) / 2
 
 
@@ -297,18 +307,29 @@ def test_from_predictions_to_a_scored_sheet(home, tmp_path, monkeypatch, capsys)
     score = json.loads((tmp_path / "ab_score.json").read_text(encoding="utf-8"))
     assert score["overall"]["wins"] == len(choices)
     files = [tmp_path / name for name in ("predictions.json", "predictions_base.json")]
-    assert script(monkeypatch, "ab-make", *files, "--output", tmp_path / "two") == 0
+    assert script(monkeypatch, "ab-make", *files, "--output", tmp_path / "two", "--limit", "3") == 0
+    other = json.loads((tmp_path / "two" / "ab_key.json").read_text(encoding="utf-8"))
+    assert (other["names"], len(other["pairs"])) == (["predictions", "predictions_base"], 3)
+    assert {len(one["seed"]) for one in (key, other)} == {64}
+    assert key["seed"] != other["seed"], "every sheet has a secret of its own"
 
 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
         (("score", "nowhere", "--config", "outputs/tiny/config.json"), 2, "nowhere"),
-        (("predict", "outputs/tiny", "outputs/tiny"), 2, "takes one PATH"),
+        (("predict", "outputs/tiny", "outputs/tiny"), 2, "unrecognized arguments: outputs/tiny"),
+        (("predict", "outputs/tiny", "--limit", "3"), 2, "unrecognized arguments: --limit"),
+        (("score", "outputs/tiny", "--batch-size", "3"), 2, "unrecognized arguments: --batch-size"),
+        (("style", "outputs/tiny", "--control", "none.jsonl"), 2, "unrecognized arguments: --control"),
+        (("report", "outputs/tiny", "--limit", "some"), 2, "whole number from 1, found 'some'"),
+        ((), 2, "required: VERB"),
+        (("measure", "outputs/tiny"), 2, "invalid choice: 'measure'"),
         (("score", "outputs/tiny", "--data", "none.jsonl"), 3, "none.jsonl"),
         (("report", "outputs/tiny", "--control", "none.jsonl"), 3, "none.jsonl"),
-        (("report", "outputs/tiny", "--batch-size", "0"), 2, "from 1"),
-        (("ab-score", "one.json"), 2, "ab-score takes"),
+        (("report", "outputs/tiny", "--batch-size", "0"), 2, "whole number from 1, found '0'"),
+        (("ab-score", "one.json"), 2, "required: KEY"),
+        (("ab-score", "one.json", "none_key.json"), 2, "none_key.json cannot be read"),
         (("ab-make", "a", "b", "c"), 2, "two files"),
     ],
 )
@@ -319,8 +340,37 @@ def test_a_mistake_is_named_and_no_traceback_is_shown(home, monkeypatch, capsys,
     assert "Traceback" not in error
 
 
+OPTIONS = {
+    "score": {"--data", "--control", "--config", "--set", "--load-in-4bit"},
+    "predict": {"--data", "--base-texts", "--batch-size", "--output", "--config", "--set", "--load-in-4bit"},
+    "style": {"--data", "--base-texts", "--batch-size", "--limit", "--output", "--config", "--set", "--load-in-4bit"},
+    "report": {"--data", "--control", "--base-texts", "--batch-size", "--limit", "--output", "--config", "--set"}
+    | {"--load-in-4bit"},
+    "ab-make": {"--data", "--limit", "--output", "--config", "--set"},
+    "ab-score": set(),
+}
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_the_help_of_a_verb_has_the_options_that_it_takes_and_no_other(monkeypatch, capsys, verb):
+    assert script(monkeypatch, "--help") == 0
+    assert re.search(rf"^    {verb} +\S", capsys.readouterr().out, re.MULTILINE)
+    assert script(monkeypatch, verb, "--help") == 0
+    text = capsys.readouterr().out
+    assert set(re.findall(r"^  (--[a-z0-9-]+)", text, re.MULTILINE)) == OPTIONS[verb]
+    if verb == "ab-score":
+        return
+    passed = {"paths": None if verb in ("predict", "style", "report") else []}
+    for option in OPTIONS[verb]:
+        passed[{"--set": "overrides"}.get(option, option[2:].replace("-", "_"))] = None
+    if verb == "ab-make":
+        assert passed.keys() | {"report"} == set(inspect.signature(compare_blindly).parameters)
+    else:
+        command.Request(verb, **passed)  # each option of the script is one of a request
+
+
 def test_a_model_that_is_broken_is_said_to_be(home, fmt_examples):
-    loaded = measuring.load(subject_of(), False, 4, lambda _: lambda *_: None)
+    loaded = load(subject_of(), False, 4, silent, writes=True)
     with torch.no_grad():
         loaded.speaker.model.get_output_embeddings().weight.fill_(float("nan"))
     from persona.errors import Diverged

@@ -2,24 +2,32 @@
 
 import json
 import re
+from base64 import b64decode, b64encode
 from dataclasses import asdict, fields, replace
+from hashlib import sha256
 from html.parser import HTMLParser
+from io import BytesIO
 
 import pytest
+from jinja2 import UndefinedError
 from making import evaluations
 from making.browser import Opened, chromium, contrast, luminance
+from PIL import Image
 
-from persona.evaluate.page.charts import Line, curves, decimal, histogram, hundredths, nice_ticks, percent, whole
-from persona.evaluate.page.page import report_page, write_report_page
-from persona.evaluate.page.sections import marked
-from persona.evaluate.results import Estimate, Evaluation, Span, read_evaluation, write_evaluation
+from persona.evaluate.page import FORMS, histogram, look_up, marked, nice_ticks, quoted, report_page
+from persona.evaluate.results import Estimate, Evaluation, Span, write_evaluation
+from persona.pages import asset
+from persona.pages import environment as environment_of
+from persona.pages import page as page_of
+from persona.train.curves import DARK, LIGHT
 
 WHOLE, CHINESE = evaluations.whole(), evaluations.chinese()
 LEAST = Evaluation("nothing", "adapter", 0, "en")
 CASES = {"whole": WHOLE, "chinese": CHINESE, "least": LEAST}
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-# Elements whose text is quoted as it stands in evaluation.json: names, sentences, replies, settings, classes of a chart
-QUOTED = {"said", "said-inline", "words", "name", "fact", "label", "pairs", "axis", "best", "role"}
+EVIL_JSON = "</script><script>alert(1)</script>"
+VOID = {"meta", "link", "img", "br", "hr", "input", "source"}
+# Elements whose text is quoted as it is in evaluation.json: names, sentences, replies, settings, classes of a chart
+QUOTED = {"said", "said-inline", "words", "name", "fact", "label", "pairs", "axis", "role"}
 # Numbers in our own words: not measured, but part of what a measure means; the last is of an unfolding list
 OUR_OWN = [
     "95 %",
@@ -29,9 +37,9 @@ OUR_OWN = [
     "1 is as long",
     "below 1 is",
     "above 1 has",
-    "distinct-[12]$",
+    "SHA-256",
+    r"^\d+ more$",
 ]
-OUR_OWN += ["SHA-256", r"^\d+ more$"]
 
 
 class Page(HTMLParser):
@@ -99,6 +107,7 @@ def test_every_number_is_that_of_the_file(name, tmp_path):
         assert abs(rounded - value) <= allowed, (place, value, shown)
     for place, value, _ in page.drawn:
         assert at(content, place) == value, place
+    assert len(page.drawn) >= {"whole": 80, "chinese": 30, "least": 0}[name]
     assert len(page.numbers) >= {"whole": 130, "chinese": 30, "least": 1}[name]
 
 
@@ -133,12 +142,13 @@ def test_the_whole_evaluation_is_on_the_page(tmp_path):
         if value is None or drawn or written or str(value) in text:
             continue
         left_out.append(place)
-    # the words for a kind, the class of a finding, a path whose file name is shown, rare classes of a distribution
+    # the words for a kind, the class of a finding, a path whose file name is shown, rare classes of a distribution,
+    # and the losses, which are in the picture
     known = "|".join(
         [
-            r"kind|format|verdict\.\d\.code|scores\.\d\.(file|role|characters|sha256)|copying\.base\..*",
+            r"kind|format|verdict\.\d\.kind|scores\.\d\.(role|characters|sha256)",
             r"exchanges\.\d+\.copied\..*|recall\.facts_given|recall\.questions\.\d\.trained",
-            r"style\.distributions\.3\..*",
+            r"style\.distributions\.3\..*|curve\.(train|held_out)\..*",
         ]
     )
     assert not [place for place in left_out if not re.fullmatch(known, place)]
@@ -147,7 +157,7 @@ def test_the_whole_evaluation_is_on_the_page(tmp_path):
 
 def test_missing_parts_are_named_with_the_way_to_get_them():
     text = report_page(LEAST)
-    for part in ("Perplexity", "Forgetting", "Replies", "Style", "Memory", "Copying", "Curves", "Configuration"):
+    for part in ("Perplexity", "Forgetting", "Replies", "Style", "Memory", "Copying", "Curves", "Settings"):
         assert f"<th>{part}" in text, part
     assert "--control" in text
     assert "Not measured" not in report_page(WHOLE)
@@ -158,15 +168,34 @@ def test_missing_parts_are_named_with_the_way_to_get_them():
     for name in optional:
         without = replace(WHOLE, **{name: getattr(LEAST, name)})
         Page(report_page(without))
-    for name in ("replies", "copying"):
-        sides = getattr(WHOLE, name)
-        Page(report_page(replace(WHOLE, **{name: replace(sides, base=None)})))
+    alone = replace(WHOLE.copying, side=replace(WHOLE.copying.side, base=None))
+    for parts in ({"replies": replace(WHOLE.replies, base=None)}, {"copying": alone}):
+        Page(report_page(replace(WHOLE, **parts)))
+
+
+def test_advice_is_a_sentence_of_its_own_below_its_finding():
+    page = Page(report_page(WHOLE))
+    advice = [text for text, classes, _ in page.words if "advice" in classes]
+    assert advice == [f"To change it: {finding.advice}" for finding in WHOLE.verdict if finding.advice]
+    assert len(advice) == 2
+    assert not [text for text, _, tags in page.words if "code" in tags and "Raise" in text]
+
+
+def test_the_plain_measures_of_the_style_are_shown():
+    page = Page(report_page(WHOLE))
+    shown = {place for place, _, _ in page.numbers}
+    for field in ("levels", "diversity"):
+        for i, level in enumerate(getattr(WHOLE.style, field)):
+            assert any(level.name == text for text, _, tags in page.words if "th" in tags), level.name
+            for side in ("author", "side.base", "side.tuned"):
+                assert {f"style.{field}.{i}.{side}.{end}" for end in ("value", "low", "high")} <= shown
 
 
 def test_a_base_that_was_measured_in_part_only():
     style = WHOLE.style
     first, *others = style.distances
-    partly = replace(style, distances=(replace(first, distance=replace(first.distance, base=None)), *others))
+    unknown = replace(first.distance, base=Estimate(None, reason="too little"))
+    partly = replace(style, distances=(replace(first, distance=unknown), *others))
     phrase, *more = style.phrases
     partly = replace(partly, phrases=(replace(phrase, rate=replace(phrase.rate, base=None)), *more))
     dash = '<span class="none">–</span>'
@@ -194,11 +223,38 @@ def test_a_headline_may_lie_outside_and_have_no_interval():
 def test_text_of_others_is_escaped():
     page = Page(report_page(WHOLE))
     tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "img", "link", "iframe"}
+    assert not tags & {"script", "link", "iframe"}
     assert sum(evaluations.EVIL in text for text, _, _ in page.words) >= 2
-    assert not [
-        name for _, found in page.elements for name in found if name.startswith("on") or name in ("src", "href")
-    ]
+    addresses = [value for _, found in page.elements for name, value in found.items() if name in ("src", "srcset")]
+    assert len(addresses) == 2, "the loss curve in light and in dark"
+    assert all(value.startswith("data:image/png;base64,") for value in addresses)
+    assert not [name for _, found in page.elements for name in found if name.startswith("on") or name == "href"]
+
+
+def test_every_template_escapes_and_misses_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr("persona.pages._FOLDER", tmp_path)
+    environment = environment_of.__wrapped__()
+    (tmp_path / "a.html").write_text("<p title='{{ text }}'>{{ text }}</p>", encoding="utf-8")
+    evil = "<script>'\"&"
+    shown = environment.get_template("a.html").render(text=evil)
+    assert "<script>" not in shown
+    assert shown.count("&#39;") == shown.count("&#34;") == 2
+    with pytest.raises(UndefinedError, match="text"):
+        environment.get_template("a.html").render()
+
+
+def test_the_policy_of_a_page_allows_its_own_script_only():
+    sheet = page_of("ab_sheet.html", sheet={"sheet": EVIL_JSON})
+    report = report_page(LEAST)
+    policies = [re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1] for text in (sheet, report)]
+    script = re.findall(r"<script>(.*?)</script>", sheet, re.DOTALL)
+    assert len(script) == 1
+    digest = b64encode(sha256(script[0].encode()).digest()).decode()
+    assert policies[0].endswith(f"script-src 'sha256-{digest}'")
+    assert policies[1].endswith("script-src 'none'")
+    for policy in policies:
+        assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
+    assert EVIL_JSON not in sheet
 
 
 def test_copied_spans_are_marked_once_and_in_place():
@@ -212,22 +268,15 @@ def test_copied_spans_are_marked_once_and_in_place():
 # --- charts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (2.3, 4.1), (0.0001, 0.0009), (-3, 7), (5, 5), (0, 0), (20.3, 52.31), (1e5, 3e7)]
-)
-def test_ticks_are_round_and_enclose(low, high):
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
-    assert 2 <= len(ticks) <= 8
+@pytest.mark.parametrize("highest", [1, 0.6, 4.1, 0.0009, 7, 5, 52.31, 3e7])
+def test_ticks_are_round_and_reach_the_highest(highest):
+    ticks = nice_ticks(highest)
+    assert ticks[0] == 0
+    assert ticks[-1] >= highest > ticks[-2]
+    assert 3 <= len(ticks) <= 7
     steps = {round(b - a, 10) for a, b in zip(ticks, ticks[1:], strict=False)}
     assert len(steps) == 1
     assert re.fullmatch(r"[125]0*|0\.0*[125]", f"{steps.pop():.10f}".rstrip("0").rstrip("."))
-
-
-def places(svg, kind):
-    found = re.search(rf'<polyline class="[a-z ]*{kind}" points="([^"]*)"', svg)[1]
-    return [tuple(map(float, pair.split(","))) for pair in found.split()]
 
 
 def straight(pairs):
@@ -237,24 +286,41 @@ def straight(pairs):
     return all(abs(y0 + slope * (x - x0) - y) <= 0.11 for x, y in pairs)
 
 
-def test_a_curve_is_drawn_to_scale():
-    points = [(0, 52.3), (9, 30.1), (18, 24.0), (54, 20.3)]
-    svg = curves([Line("a", "tuned", points, "x", marked=True)], "loss", (54, 20.3), "best 20.3 at update 54")
-    drawn = places(svg, "tuned")
-    assert straight([(step, x) for (step, _), (x, _) in zip(points, drawn, strict=True)])
-    assert straight([(value, y) for (_, value), (_, y) in zip(points, drawn, strict=True)])
-    assert drawn[0][1] < drawn[-1][1], "higher values stand higher"
-    assert f'<circle class="best" cx="{drawn[-1][0]:.1f}" cy="{drawn[-1][1]:.1f}"' in svg
-    assert 'class="tuned first"' in svg
-
-
 def test_a_histogram_is_drawn_to_scale():
-    shares = [(0, 0.1), (1, 0.6), (2, 0.3), (3, 0.0)]
-    drawn = places(histogram("abcd", [Line("a", "author", shares, "x")], "length"), "author")
-    tops = [drawn[1 + 2 * i] for i in range(3)]
-    assert straight([(value, y) for (_, value), (_, y) in zip(shares[:3], tops, strict=True)])
-    assert drawn[0][1] == drawn[-1][1], "it stands on zero"
-    assert len(drawn) == 2 + 2 * 3, "the empty bin at the end is not drawn"
+    shares = [0.1, 0.6, 0.3, 0.0]
+    drawn = histogram("abcd", [shares])
+    points = [tuple(map(float, pair.split(","))) for pair in drawn.outlines[0].split()]
+    tops = [points[1 + 2 * i] for i in range(3)]
+    assert straight([(value, y) for value, (_, y) in zip(shares[:3], tops, strict=True)])
+    assert straight([(float(text), y) for y, text in drawn.ticks] + [(0.6, tops[1][1])]), "and to its axis"
+    assert tops[1][1] < tops[0][1], "higher values are drawn higher"
+    assert (drawn.ticks[0][0], drawn.ticks[-1][0]) == (206, 14), "the axis fills the drawing"
+    assert points[0][1] == points[-1][1] == drawn.ticks[0][0], "it begins and ends at zero"
+    assert len(points) == 2 + 2 * 3, "the empty bin at the end is not drawn"
+    assert [at for _, _, at in drawn.bins] == [0, 1, 2]
+
+
+def pictures(evaluation):
+    """The pictures of a page, decoded, by the colour scheme they are for."""
+    page = report_page(evaluation)
+    found = {"dark": r'srcset="data:image/png;base64,([^"]*)"', "light": r'src="data:image/png;base64,([^"]*)"'}
+    return {
+        name: Image.open(BytesIO(b64decode(re.search(pattern, page)[1]))).convert("RGB")
+        for name, pattern in found.items()
+    }
+
+
+def test_the_loss_curve_is_drawn_in_the_colours_of_the_page():
+    for name, image in pictures(WHOLE).items():
+        colours = {colour for _, colour in image.getcolors(maxcolors=10**6)}
+        theme = {"light": LIGHT, "dark": DARK}[name]
+        for colour in (theme.paper, theme.ink, theme.evaluation, theme.train):
+            assert tuple(bytes.fromhex(colour[1:])) in colours, (name, colour)
+        assert image.getpixel((0, 0)) == tuple(bytes.fromhex(theme.paper[1:]))
+    css = asset("page.css") + asset("report.css")
+    for theme in (LIGHT, DARK):
+        for colour in (theme.paper, theme.ink, theme.quiet, theme.grid, theme.train, theme.evaluation):
+            assert colour in css
 
 
 def test_curves_of_one_point_and_none():
@@ -264,21 +330,37 @@ def test_curves_of_one_point_and_none():
     ):
         Page(report_page(replace(WHOLE, curve=curve)))
     empty = replace(WHOLE.curve, train=(), held_out=(), best=None)
-    assert "<svg" not in report_page(replace(WHOLE, curve=empty, style=None))
+    assert "<picture" not in report_page(replace(WHOLE, curve=empty))
+    assert "<picture" in report_page(WHOLE)
     long = replace(WHOLE.curve, train=tuple((step, 3.0 + step % 7) for step in range(100_000)))
-    assert len(report_page(replace(WHOLE, curve=long))) < 300_000
+    assert len(report_page(replace(WHOLE, curve=long))) < 600_000
     steep = replace(WHOLE.curve, held_out=((0, 3.0), (9, 900.0)), best=0)
-    assert "inf" not in report_page(replace(WHOLE, curve=steep)).replace("information", "")
+    assert set(pictures(replace(WHOLE, curve=steep))) == {"light", "dark"}
 
 
 @pytest.mark.parametrize(
     ("form", "value", "shown"),
-    [(decimal, 0, "0"), (decimal, 0.12345, "0.123"), (decimal, 20.28, "20.3"), (decimal, 1234.5, "1,234")]
-    + [(percent, 0.6213, "62 %"), (percent, 0.0213, "2.1 %"), (percent, 0, "0 %"), (percent, 1, "100 %")]
-    + [(percent, -0.3, "-30 %"), (whole, 1234, "1,234"), (hundredths, 0.385, "0.39")],
+    [("decimal", 0, "0"), ("decimal", 0.12345, "0.123"), ("decimal", 20.28, "20.3"), ("decimal", 1234.5, "1,234")]
+    + [("percent", 0.6213, "62 %"), ("percent", 0.0213, "2.1 %"), ("percent", 0, "0 %"), ("percent", 1, "100 %")]
+    + [("percent", -0.3, "-30 %"), ("whole", 1234, "1,234"), ("hundredths", 0.385, "0.39")],
 )  # fmt: skip
 def test_numbers_are_rounded_for_a_person(form, value, shown):
-    assert form(value) == shown
+    assert FORMS[form](value) == shown
+
+
+def test_a_number_is_quoted_with_its_place_and_a_missing_one_is_a_dash():
+    place = ("scores", 0, "ratio")
+    low, value, high = WHOLE.scores[0].ratio.low, WHOLE.scores[0].ratio.value, WHOLE.scores[0].ratio.high
+    html = quoted(WHOLE, "hundredths", place)
+    assert html.startswith(f'<data value="{value}" data-at="scores.0.ratio.value">0.39</data>')
+    assert f'<data value="{low}" data-at="scores.0.ratio.low">0.35</data> to <data value="{high}"' in html
+    assert look_up(WHOLE, ("data", 0, "types", "dialogue")) == 160
+    for missing in (("data", 1, "types", "lore_qa"), ("copying", "side", "tuned", "share", "reason")):
+        assert look_up(WHOLE, missing) is None
+        assert quoted(WHOLE, "whole", missing) == '<span class="none">–</span>'
+    assert look_up(LEAST, ("replies", "tuned", "bleu")) is None
+    with pytest.raises(AttributeError):
+        look_up(WHOLE, ("replies", "tuned", "blue"))
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------
@@ -294,7 +376,7 @@ def browser():
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("报告 report")
     for name, evaluation in CASES.items():
-        write_report_page(evaluation, folder / f"{name}.html")
+        (folder / f"{name}.html").write_text(report_page(evaluation), encoding="utf-8")
     return folder
 
 
@@ -313,6 +395,7 @@ def test_the_page_fits_and_can_be_read(browser, pages, name, size, scheme):
         "h1",
         ".quiet",
         ".hint",
+        ".advice",
         ".interval",
         ".legend",
         ".headline b",
@@ -344,9 +427,20 @@ def test_what_is_folded_opens_by_keyboard(browser, pages):
     opened.context.close()
 
 
-def test_it_is_written_whole_and_the_same_from_the_file(tmp_path):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_loss_curve_is_that_of_the_scheme(browser, pages, scheme):
+    opened = Opened(browser, pages / "whole.html", "phone", scheme)
+    curve = opened.page.locator("img.curve")
+    shown = curve.evaluate("image => image.currentSrc")
+    wanted = pictures(WHOLE)[scheme]
+    assert Image.open(BytesIO(b64decode(shown.partition(",")[2]))).convert("RGB").tobytes() == wanted.tobytes()
+    assert 300 <= curve.bounding_box()["width"] <= 360
+    assert opened.faults == []
+    opened.context.close()
+
+
+def test_it_is_the_same_from_the_file(tmp_path):
     write_evaluation(tmp_path / "evaluation.json", WHOLE)
-    again = read_evaluation(tmp_path / "evaluation.json")
-    write_report_page(again, tmp_path / "report.html")
-    assert (tmp_path / "report.html").read_text("utf-8") == report_page(WHOLE)
+    again = evaluations.stored(tmp_path / "evaluation.json")
     assert asdict(again) == asdict(WHOLE)
+    assert report_page(again) == report_page(WHOLE)

@@ -16,7 +16,7 @@ from persona.config import Lora
 from persona.engine.attention import NAME
 from persona.engine.loss import negative_log_likelihood, token_losses
 from persona.engine.packing import inputs, pack
-from persona.evaluate.intervals import LEAST, mapped, mean, ratio, share
+from persona.evaluate.intervals import LEAST, mapped, ratio, share
 from persona.evaluate.perplexity import Losses, conversation_losses, example_losses, score_of, shared_beginnings
 from persona.model.dataset import render_records
 from persona.model.loading import add_adapter
@@ -223,7 +223,7 @@ def test_figures_that_are_all_alike_have_an_interval_of_no_width():
 
 
 def test_a_share_stays_a_share():
-    shares = mean([1.0] * 9 + [0.0], 0)
+    shares = share([1.0] * 9 + [0.0], [1.0] * 10, 0)
     assert shares.value == 0.9
     assert 0 <= shares.low < 0.9 < shares.high <= 1
 
@@ -245,4 +245,4 @@ def test_all_or_nothing_in_a_few_is_not_certain(count):
     assert none.high == pytest.approx(stats.binomtest(0, count).proportion_ci(method="wilson").high)
     assert (all_of_them.value, all_of_them.high) == (1.0, 1.0)
     assert all_of_them.low == pytest.approx(1 - none.high)
-    assert mean([0.0] * count, 0) == none
+    assert share([0.0] * count, [1.0] * count, 0) == none

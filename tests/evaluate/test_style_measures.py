@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from making.writers import texts
 
-from persona.evaluate import style
+from persona.evaluate.results import Sides
 from persona.evaluate.style import counting
 from persona.evaluate.style import words as lexicon
+from persona.evaluate.style.compare import compare
 from persona.evaluate.style.distances import jensen_shannon
 from persona.evaluate.style.phrases import (
     catch_phrases,
@@ -22,7 +23,7 @@ from persona.evaluate.style.phrases import (
     moving_type_token_ratio,
     self_bleu,
 )
-from persona.evaluate.style.words import language, passages, segmenter, sentences, units, words
+from persona.evaluate.style.words import bigrams, language, passages, segmenter, sentences, units, words
 
 
 @pytest.mark.parametrize(
@@ -49,17 +50,16 @@ def test_passages_lose_no_character():
 
 
 def test_words_are_cut_as_the_result_says():
-    cut, name = segmenter("bigrams")
-    assert name == "character bigrams"
-    assert words("Don’t 我喜欢书, OK", cut) == ["don't", "我喜", "喜欢", "欢书", "ok"]
+    assert words("Don’t 我喜欢书, OK", bigrams) == ["don't", "我喜", "喜欢", "欢书", "ok"]
     assert [("𠮷a b")[start:end] for start, end in units("𠮷a b")] == ["𠮷", "a", "b"]
-    assert segmenter("auto")[1].startswith("jieba" if find_spec("jieba") else "character bigrams")
+    assert segmenter("en") == (bigrams, "words")
+    assert segmenter("zh")[1].startswith("jieba" if find_spec("jieba") else "character bigrams")
     assert (language(["你好 world"]), language(["hello world"]), language([])) == ("zh", "en", "en")
 
 
 @pytest.mark.skipif(find_spec("jieba") is None, reason="jieba is not installed")
 def test_jieba_cuts_words():
-    cut, name = segmenter("jieba")
+    cut, name = segmenter("zh")
     assert name.startswith("jieba")
     assert words("我喜欢读书", cut) == ["我", "喜欢", "读书"]
 
@@ -124,15 +124,15 @@ def test_self_bleu_equals_a_plain_computation():
 
 
 def test_diversity_does_not_rise_with_the_number_of_texts():
-    sets = {"author": texts("en", "a", 40), "base": texts("en", "a", 160, seed=2)}
+    sets = {"author": texts("en", "a", 40), "base": texts("en", "a", 160, seed=2), "tuned": ["too little"]}
     found = {
         level.name: level
         for level in diversity({k: [t.split() for t in v] for k, v in sets.items()}, np.random.default_rng(1))
     }
-    assert set(found) == {"distinct_1", "distinct_2", "moving_ttr", "self_bleu"}
+    assert list(found) == ["distinct-1", "distinct-2", "moving-average type-token ratio", "self-BLEU"]
     for name, level in found.items():
-        assert level.base.value == pytest.approx(level.author.value, rel=0.25), name
-        assert level.tuned.value is None
+        assert level.side.base.value == pytest.approx(level.author.value, rel=0.25), name
+        assert (level.side.tuned.value, level.side.tuned.reason) == (None, "tuned: too little text"), name
 
 
 def test_log_odds_are_those_of_the_formula():
@@ -152,26 +152,23 @@ def test_catch_phrases_are_found_with_their_rates():
     assert not any(phrase.text in found[0].text for phrase in found[1:])
     characters = sum(len(units(text)) for text in author)
     assert found[0].author == pytest.approx(20 * 1000 / characters)
-    assert found[0].base == 0 < found[0].tuned
+    assert found[0].rate.base == 0 < found[0].rate.tuned
 
 
-def test_levels_and_histograms_are_those_of_the_texts():
+def test_levels_and_distributions_are_those_of_the_texts():
     author, base = ["你好，世界！！", "我有一个苹果。", "走吧。", "好吧，那就这样。"] * 3, texts("zh", "base", 30)
-    found = style.compare(author, base, base, seed=1, repeats=10, segmentation="bigrams")
+    found = compare(author, Sides(base, base), 1, 10)
     level = {each.name: each.author.value for each in found.levels}
-    assert level["text_length"] == pytest.approx((7 + 7 + 3 + 8) / 4)
-    assert level["sentence_length"] == pytest.approx((4 + 6 + 2 + 6) / 4)
-    assert level["punctuation"] == pytest.approx(1000 * (3 + 1 + 1 + 2) / 25)
-    assert level["stop_words"] == pytest.approx((2 + 4 + 0 + 3) / 18)  # 你 好, 我 有 一个, 好 就 这
-    assert {each.name for each in found.histograms} == {
-        "text_length",
-        "sentence_length",
-        "punctuation",
-        "function_words",
-    }
-    for each in found.histograms[:2]:
+    assert level["text length"] == pytest.approx((7 + 7 + 3 + 8) / 4)
+    assert level["sentence length"] == pytest.approx((4 + 6 + 2 + 6) / 4)
+    assert level["punctuation marks"] == pytest.approx(1000 * (3 + 1 + 1 + 2) / 25)
+    if found.words == "character bigrams":  # 你 好, 我 有 一个, 好 就 这
+        assert level["the 28 stop words of older reports"] == pytest.approx((2 + 4 + 0 + 3) / 18)
+    drawn = {each.name: each for each in found.distributions}
+    assert list(drawn) == ["text length", "sentence length", "punctuation", "function words"]
+    for each in found.distributions[:2]:
         assert sum(each.author) == pytest.approx(1)
-        assert len(each.author) == len(each.bins) == len(each.base)
-    marks = dict(zip(found.histograms[2].bins, found.histograms[2].author, strict=True))
+        assert len(each.author) == len(each.labels) == len(each.side.base)
+    marks = dict(zip(drawn["punctuation"].labels, drawn["punctuation"].author, strict=True))
     assert marks["！"] == pytest.approx(1000 * 2 / 25)
     json.dumps(asdict(found), allow_nan=False)

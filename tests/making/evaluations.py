@@ -6,19 +6,21 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from persona.evaluate.results import (
     Answer,
+    Copied,
     Copying,
     Curve,
     DataStatistics,
     Distance,
     Distribution,
-    Diversity,
     Estimate,
     Evaluation,
     Exchange,
     FileScore,
-    Finding,
+    Level,
     Phrase,
     Question,
     Recall,
@@ -28,6 +30,7 @@ from persona.evaluate.results import (
     Span,
     StyleReport,
 )
+from persona.train.verdict import Finding
 
 TAMSIN = Path(__file__).parents[2] / "data" / "tamsin"
 BASE = (
@@ -60,7 +63,14 @@ def spread(chance, count, sharpness):
 
 def distribution(chance, name, labels):
     sides = [spread(chance, len(labels), middle) for middle in (0.3, 0.4, 0.7)]
-    return Distribution(name, tuple(labels), sides[0], Sides(sides[1], sides[2]))
+    return Distribution(name, "share", tuple(labels), sides[0], Sides(sides[1], sides[2]))
+
+
+def level(name, unit, author, tuned, base):
+    def about(value):
+        return Estimate(value, value * 0.9, value * 1.1)
+
+    return Level(name, unit, about(author), Sides(about(tuned), about(base)))
 
 
 def style():
@@ -78,13 +88,19 @@ def style():
     for name in names:
         author, base = chance.uniform(0.05, 0.2), chance.uniform(0.4, 0.9)
         tuned = author + (base - author) * chance.uniform(0.15, 0.6)
-        distances.append(Distance(name, Estimate(author, author * 0.8, author * 1.25), Sides(tuned, base)))
+        sides = Sides(*(Estimate(value, value * 0.9, value * 1.1) for value in (tuned, base)))
+        distances.append(Distance(name, "0 to 1", Estimate(author, author * 0.8, author * 1.25), sides))
     lengths = ["1–5", "6–10", "11–20", "21–40", "41–80", "81–160", "161–320", "321+"]
     return StyleReport(
         headline=Estimate(0.6213, 0.5387, 0.7044),
         words="letters",
         texts=30,
+        sample=2500,
         distances=tuple(distances),
+        levels=(
+            level("text length", "characters", 180, 170, 640),
+            level("emoji", "per 1,000 characters", 0.5, 0.25, 8),
+        ),
         distributions=(
             distribution(chance, "text length (characters)", lengths),
             distribution(chance, "sentence length (words)", lengths),
@@ -102,8 +118,10 @@ def style():
             Phrase("keep yer wick trimmed", 6.1, Sides(7.3, 0.0)),
             Phrase("so says Old Meg", 5.25, Sides(0.4, 0.12)),
         ),
-        diversity=Sides(Diversity(0.31, 0.72, 0.66, 21.5), Diversity(0.28, 0.69, 0.7, 30.25)),
-        author_diversity=Diversity(0.34, 0.78, 0.71, 12.0),
+        diversity=(
+            level("distinct-1", "different words among all words, of 900 words", 0.34, 0.31, 0.28),
+            level("self-BLEU", "0 to 100, likeness of 30 texts to each other", 12, 21.5, 30.25),
+        ),
         notes=("Only 30 texts of each side: below 100 the interval is wide.",),
     )
 
@@ -180,14 +198,17 @@ def whole():
             ),
             False,
         ),
-        copying=Sides(
-            Copying(
-                0.0612,
-                23,
-                "Sit down a full lantern. Let somebody else carry the bucket tonight.",
-                "dialogue.txt#scene-47",
+        copying=Copying(
+            0.0173,
+            Sides(
+                Copied(
+                    Estimate(0.0612, 0.031, 0.0987),
+                    23,
+                    "Sit down a full lantern. Let somebody else carry the bucket tonight.",
+                    "dialogue.txt#scene-47",
+                ),
+                Copied(Estimate(0.0), 0, "", ""),
             ),
-            Copying(0.0, 0, "", ""),
         ),
         style=style(),
         exchanges=exchanges(),
@@ -196,10 +217,12 @@ def whole():
             Finding(
                 "still_learning",
                 "Still learning: the last evaluation lowered the loss by 0.02.",
-                "training.num_train_epochs",
+                "Raise training.num_train_epochs (this run did 2.0).",
             ),
             Finding(
-                "forgets", "Forgets a little: perplexity on neutral.jsonl rose by 5.8 %.", "training.learning_rate"
+                "forgets",
+                "Forgets a little: perplexity on neutral.jsonl rose by 5.8 %.",
+                "Lower training.learning_rate.",
             ),
         ),
         curve=curve(),
@@ -236,14 +259,20 @@ def chinese():
         replies=Sides(Replies(2, 8.2, 31.0, 25.5, 0.93, 0.5)),
         style=replace(
             made,
-            headline=None,
+            headline=Estimate(None, reason="no texts of a base model"),
             words="character bigrams",
             distances=tuple(replace(one, distance=Sides(one.distance.tuned)) for one in made.distances),
             distributions=(lengths, drawn),
             phrases=(Phrase("你管得着吗", 4.2, Sides(3.9)),),
-            diversity=Sides(made.diversity.tuned),
+            levels=tuple(replace(one, side=Sides(one.side.tuned)) for one in made.levels),
+            diversity=tuple(replace(one, side=Sides(one.side.tuned)) for one in made.diversity),
         ),
         exchanges=(
             Exchange("今天过得怎么样？", "哼，你管得着吗？反正灯塔还亮着。", Sides("作为AI，我没有感情。"), ()),
         ),
     )
+
+
+def stored(path):
+    """The evaluation in a file, checked in full: every field is there, none is unknown, every figure is finite."""
+    return TypeAdapter(Evaluation).validate_json(path.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import pytest
 
 from persona.errors import DataError, UsageError
 from persona.train import curves
-from persona.train.curves import draw, drawable
+from persona.train.curves import DARK, LIGHT, draw, drawable, picture
 from persona.train.history import History, read_history, smooth, told_apart
 
 ROOT = Path(__file__).parents[2]
@@ -234,6 +234,14 @@ def test_draws_without_warnings(tmp_path, histories, smoothing):
     path = tmp_path / "not yet" / "there" / "loss.png"
     assert draw(histories, path, smoothing) == path
     assert png_size(path) == (1500, 900)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+@pytest.mark.parametrize("run", [FULL, history([(1, 2.0)]), history([], [(0, 2.0)]), history([], [(0, 1.0), (9, 900)])])
+def test_a_picture_for_a_page_is_drawn_without_warnings(tmp_path, theme, run):
+    (tmp_path / "page.png").write_bytes(picture(run, 0.9, theme))
+    assert png_size(tmp_path / "page.png") == (840, 504)
 
 
 @pytest.mark.filterwarnings("error")

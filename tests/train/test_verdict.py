@@ -2,12 +2,27 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
+from making import evaluations
 from making.runs import config
 
 from persona.config import setting_names
-from persona.evaluate.verdict import Evaluated, Known, of_evaluation
+from persona.evaluate.results import (
+    Answer,
+    Copied,
+    Copying,
+    Estimate,
+    Evaluation,
+    FileScore,
+    Question,
+    Recall,
+    Replies,
+    Score,
+    Sides,
+)
+from persona.evaluate.verdict import on_replies
 from persona.train.history import History
 from persona.train.verdict import as_text, noise, of_training
 
@@ -107,34 +122,65 @@ def test_without_held_out_conversations_nothing_is_claimed():
 
 
 def estimate(value, half):
-    return Known(value, value - half, value + half)
+    return Estimate(value, value - half, value + half)
 
 
+def evaluation(**figures):
+    return replace(Evaluation("x", "adapter", 0, "en"), **figures)
+
+
+def style(headline):
+    return evaluation(style=replace(evaluations.style(), headline=headline))
+
+
+def copies(share, author, longest):
+    return evaluation(copying=Copying(author, Sides(Copied(share, longest, "", ""))))
+
+
+def control(ratio):
+    score = Sides(Score(Estimate(1.0), Estimate(1.0)))
+    return evaluation(scores=(FileScore("a", "", "control", 9, 9, 9, 9, score, ratio),))
+
+
+def replies(count, ended=None, broken=0):
+    stops = None if ended is None else ended / count
+    return evaluation(replies=Sides(Replies(count, 0.0, 0.0, 0.0, 1.0, broken / count, stops)))
+
+
+def recall(facts, remembered):
+    names = tuple(map(str, range(facts)))
+    answer = Sides(Answer("", names[:remembered]))
+    nothing = Sides(Estimate(0.0))
+    return evaluation(recall=Recall(nothing, nothing, (Question("?", "", names, answer, answer, True),), True))
+
+
+IN_CHARACTER = {"in_character"}
 CASES = [
-    ({"style_progress": estimate(0.6, 0.1)}, "style", "gone 60% of the way"),
-    ({"style_progress": estimate(0.1, 0.2)}, "style_unproven", "interval -10% to 30%"),
-    ({"copied": estimate(0.4, 0.05), "copied_by_author": 0.1, "longest_copy": 31}, "copies", "40% of .*10%.*31 tokens"),
-    ({"copied": estimate(0.4, 0.2), "copied_by_author": 0.1}, "copied_share", "^40%"),
-    ({"copied": estimate(0.4, 0.05), "copied_by_author": 0.35}, "copied_share", "^40%"),
-    ({"control_ratio": estimate(1.3, 0.1)}, "forgets", r"changed by \+30% \(95 % interval 20% to 40%\)"),
-    ({"control_ratio": estimate(1.0, 0.05)}, "keeps", r"changed by \+0%"),
-    ({"control_ratio": estimate(1.1, 0.05)}, "forgetting_unproven", r"\+10%"),
-    ({"replies": 40, "ended": 39}, "stops", "^39 of 40 replies"),
-    ({"replies": 40, "ended": 20}, "does_not_stop", "only 20 of 40"),
-    ({"replies": 10, "ended": 8}, "stops", "8 of 10"),
-    ({"replies": 40, "out_of_character": 0}, "in_character", "^0 of 40"),
-    ({"replies": 40, "out_of_character": 1}, "in_character", "^1 of 40"),
-    ({"replies": 40, "out_of_character": 5}, "breaks_character", "5 of 40"),
-    ({"facts": 60, "remembered": 40}, "remembers", "40 of 60"),
-    ({"facts": 60, "remembered": 10}, "does_not_remember", "10 of 60"),
-]  # fmt: skip
+    (style(estimate(0.6, 0.1)), "style", "gone 60% of the way"),
+    (style(estimate(0.1, 0.2)), "style_unproven", "interval -10% to 30%"),
+    (copies(estimate(0.4, 0.05), 0.1, 31), "copies", "40% of .*10%.*31 tokens"),
+    (copies(estimate(0.4, 0.2), 0.1, 0), "copied_share", "^40%"),
+    (copies(estimate(0.4, 0.05), 0.35, 0), "copied_share", "^40%"),
+    (control(estimate(1.3, 0.1)), "forgets", r"changed by \+30% \(95 % interval 20% to 40%\)"),
+    (control(estimate(1.0, 0.05)), "keeps", r"changed by \+0%"),
+    (control(estimate(1.1, 0.05)), "forgetting_unproven", r"\+10%"),
+    (replies(40, 39), "stops", "^39 of 40 replies"),
+    (replies(40, 20), "does_not_stop", "only 20 of 40"),
+    (replies(10, 8), "stops", "8 of 10"),
+    (replies(40), "in_character", "^0 of 40"),
+    (replies(40, broken=1), "in_character", "^1 of 40"),
+    (replies(40, broken=5), "breaks_character", "5 of 40"),
+    (recall(60, 40), "remembers", "40 of 60"),
+    (recall(60, 10), "does_not_remember", "10 of 60"),
+]
 WRONG = {"style_unproven", "copies", "forgets", "does_not_stop", "breaks_character", "does_not_remember"}
 
 
-@pytest.mark.parametrize(("values", "kind", "text"), CASES)
-def test_what_was_measured_is_judged_by_its_whole_interval(values, kind, text):
-    (finding,) = of_evaluation(Evaluated(**values))
-    assert finding.kind == kind
+@pytest.mark.parametrize(("measured", "kind", "text"), CASES)
+def test_what_was_measured_is_judged_by_its_whole_interval(measured, kind, text):
+    found = on_replies(measured)
+    (finding,) = [one for one in found if one.kind == kind]
+    assert {one.kind for one in found} - {kind} <= IN_CHARACTER  # which is judged wherever there are replies
     assert re.search(text, finding.text)
     assert (finding.advice is not None) == (kind in WRONG)
     if finding.advice:
@@ -142,7 +188,17 @@ def test_what_was_measured_is_judged_by_its_whole_interval(values, kind, text):
 
 
 def test_what_was_not_measured_is_not_mentioned():
-    assert of_evaluation(Evaluated(replies=40)) == []
+    assert on_replies(evaluation()) == []
+    assert on_replies(style(Estimate(None, reason="too little text"))) == []
+    assert on_replies(copies(Estimate(0.9), 0.0, 9)) == [], "without an interval it may be chance"
+    assert on_replies(control(None)) == []
+    assert on_replies(recall(0, 0)) == []
+
+
+def test_of_several_controls_the_worst_is_judged():
+    worse, better = (control(estimate(value, 0.05)).scores[0] for value in (1.3, 1.0))
+    (finding,) = on_replies(evaluation(scores=(better, worse, better)))
+    assert finding.kind == "forgets"
 
 
 def test_a_run_ends_with_its_verdict(tmp_path, tiny_model, monkeypatch):
@@ -158,7 +214,7 @@ def test_a_run_ends_with_its_verdict(tmp_path, tiny_model, monkeypatch):
 
 
 def test_advice_stands_below_what_it_is_about():
-    text = as_text(of_evaluation(Evaluated(replies=40, ended=20, out_of_character=0)))
+    text = as_text(on_replies(replies(40, 20)))
     lines = text.splitlines()
     assert lines[0].startswith("  - It does not stop")
     assert lines[1].startswith("    To change it: Raise generation.max_new_tokens")

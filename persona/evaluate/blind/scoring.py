@@ -1,4 +1,4 @@
-"""Readers' answers to a blind sheet, read back beside its key; what is broken, partial or of another one is refused."""
+"""Readers' answers to a blind sheet, and their score; refuses answers that are broken, partial or to another sheet."""
 
 import codecs
 import csv
@@ -7,15 +7,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from persona.console import excerpt, safe, table
 from persona.errors import DataError, UsageError
 from persona.evaluate.blind.sheet import KEY_FORMAT, KEY_NAME, SHEET_NAME
 from persona.evaluate.intervals import Preference, binomial_p, cohen_kappa, preference
+from persona.files import JsonObject
 
 ANSWERS_FORMAT = "ab-answers-1"  # as ab_sheet.js writes it
 CHOICES = ("left", "right", "tie")
@@ -25,7 +25,7 @@ _EXPORT = f"Give the file that {SHEET_NAME} saved at its end, as JSON or CSV."
 
 @dataclass(frozen=True)
 class Key:
-    """Which side is where on a sheet."""
+    """The place of each side on a sheet."""
 
     sheet: str
     names: tuple[str, str]
@@ -46,7 +46,7 @@ class Answers:
 
 
 def read_key(path: Path) -> Key:
-    """The key of a sheet; raises `UsageError` where it is not one."""
+    """The key of a sheet; raises `UsageError` for any other file."""
     wanted = f"Give the {KEY_NAME} that was written beside {SHEET_NAME} as the last argument."
     try:
         value = json.loads(_text(path))
@@ -67,7 +67,7 @@ def read_key(path: Path) -> Key:
 
 
 def read_answers(paths: Sequence[Path], key: Key) -> list[Answers]:
-    """Each reader's answers to the key's sheet; raises `DataError` where a file is not whole or not of this sheet."""
+    """Each reader's answers to the key's sheet; raises `DataError` for a file that is partial or of another sheet."""
     found = [_answers(path, key) for path in paths]
     for name, count in Counter(answers.rater for answers in found).items():
         if count > 1:
@@ -131,7 +131,7 @@ def _from_json(path: Path, text: str) -> tuple[str, str, Rows]:
     return _string(value, "sheet", str(path)), _string(value, "rater", str(path)), rows
 
 
-def _string(entry: dict[str, Any], name: str, place: str) -> str:
+def _string(entry: JsonObject, name: str, place: str) -> str:
     value = entry.get(name, "")
     if not isinstance(value, str):
         raise DataError(f'{place}: "{name}" must be text, found {excerpt(repr(value), 40)}. {_EXPORT}')
@@ -169,7 +169,7 @@ def _from_csv(path: Path, text: str) -> tuple[str, str, Rows]:
 
 
 def _text(path: Path) -> str:
-    """The text of a file in what a browser (UTF-8) or a spreadsheet (UTF-16, GB18030) saves."""
+    """The text of a file as a browser (UTF-8) or a spreadsheet (UTF-16, GB18030) saves it."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -184,10 +184,10 @@ def _text(path: Path) -> str:
 
 
 # --- preference -------------------------------------------------------------------------------------------------------
-# What readers preferred on a blind sheet, each and together, and whether they agree.
+# The preference of each reader and of all together, and whether readers agree.
 
 
-_POSITION_P = 0.01  # below it a reader's habit of one side is worth a line
+_POSITION_P = 0.01  # below it a reader's habit of one side is reported
 
 
 @dataclass(frozen=True)
@@ -197,24 +197,24 @@ class Rater:
     name: str
     preference: Preference
     left: int
-    """Of the wins and losses, those of the reply on the left; half of them by chance."""
+    """Wins and losses in which the reply on the left was chosen; by chance half of them."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two readers on the same pairs, by what they clicked: left, right or tie."""
+    """The agreement of two readers on the same pairs, by their clicks: left, right or tie."""
 
     raters: tuple[str, str]
     share: float
-    """Of the pairs, those with the same answer."""
+    """Pairs with the same answer over all pairs."""
     kappa: float | None
-    """Cohen's kappa; by left and right, which are random, so that readers who agree on one side are not taken for
-    readers who agree by chance. None where both gave one and the same answer throughout."""
+    """Cohen's kappa over left, right and tie. Sides are random, so two readers who prefer the tuned model do not look
+    as if they agreed by chance. None if both gave one and the same answer throughout."""
 
 
 @dataclass(frozen=True)
 class Comment:
-    """What a reader wrote to a pair."""
+    """A reader's comment on a pair."""
 
     rater: str
     prediction: int
@@ -232,15 +232,11 @@ class SheetScore:
     names: tuple[str, str]
     pairs: int
     identical: int
-    """Pairs of the same two replies, which were not asked; they are in no figure."""
+    """Pairs of the same two replies, which readers were not asked about; they are in no figure."""
     overall: Preference
     raters: tuple[Rater, ...]
     agreement: tuple[Agreement, ...]
     comments: tuple[Comment, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """For programs: everything in plain values."""
-        return asdict(self)
 
 
 def score_sheet(answers: Sequence[Path], key: Path) -> SheetScore:
@@ -285,7 +281,7 @@ def _preference(sides: Sequence[str], names: tuple[str, str]) -> Preference:
 
 
 def _majority(sides: Sequence[str]) -> str:
-    """The side that most readers chose; a tie where the first two places are equal."""
+    """The side that most readers chose; a tie if the first two are equal."""
     ranked = Counter(sides).most_common(2)
     return "tie" if len(ranked) == 2 and ranked[0][1] == ranked[1][1] else ranked[0][0]
 
@@ -300,14 +296,14 @@ def _agreement(one: Answers, other: Answers, key: Key) -> Agreement:
 
 
 def describe(score: SheetScore) -> str:
-    """The score as a person reads it."""
+    """The score as text for the terminal."""
     first, second = map(safe, score.names)
     lines = [sentence(score.overall, first, second)]
     if len(score.raters) > 1:
         lines[0] += f" A pair counts once, by the majority of the {len(score.raters)} readers."
         lines.append(table((excerpt(rater.name, 30), _counts(rater.preference)) for rater in score.raters))
     if score.identical:
-        lines.append(f"{score.identical} more pairs were the same two replies and were not asked.")
+        lines.append(f"{score.identical} more pairs had the same two replies, so readers were not asked.")
     lines += [_agreed(agreement) for agreement in score.agreement]
     lines += filter(None, map(_habit, score.raters))
     lines += [
@@ -318,7 +314,7 @@ def describe(score: SheetScore) -> str:
 
 
 def sentence(found: Preference, first: str, second: str) -> str:
-    """One preference with its numbers; the only place where they are put into words."""
+    """One preference with its numbers, in words."""
     decided = found.wins + found.losses
     if found.rate is None or found.rate_low is None or found.rate_high is None:
         return f"All {found.ties} pairs are ties: readers could not tell {first} from {second}."

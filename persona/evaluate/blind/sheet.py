@@ -1,22 +1,21 @@
-"""Blind comparison of two sides' replies: the sheet that readers fill in, and the key that stays with its maker.
+"""Blind comparison of two sides' replies: the sheet that readers fill in, and the key that its maker keeps.
 
-Everything random in a sheet (order of the pairs, which side is on the left, the identifiers) is a keyed hash of a
-secret that stands in the key alone, so that nothing in the sheet tells the sides apart but the replies themselves.
+Everything random in a sheet (order of the pairs, the side on the left, the identifiers) is a keyed hash of a secret
+that only the key has, so that nothing in the sheet tells the sides apart but the replies themselves.
 """
 
 import hashlib
 import hmac
 import json
 import re
-import secrets
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from persona.errors import DataError, UsageError
-from persona.files import write_json, write_text
+from persona.files import JsonObject, write_json, write_text
 from persona.pages import page
 from persona.records import CONTROL_TOKEN, is_chinese
 
@@ -24,7 +23,7 @@ SHEET_NAME, KEY_NAME = "ab_sheet.html", "ab_key.json"
 KEY_FORMAT = "ab-key-1"
 _LETTERS = "bcdfghjkmnpqrstvwxyz"  # without vowels no words, without digits no numbers that Excel rewrites
 
-# What a chat template or a habit of one side leaves in a reply, and what would show at a glance which side wrote it.
+# Traces of a chat template or of a habit, by which a reader would see at a glance which side wrote a reply
 _MARKUP = (
     (re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE), ""),
     (CONTROL_TOKEN, ""),
@@ -51,13 +50,13 @@ class Predicted(Protocol):
 
 @dataclass(frozen=True)
 class Sheet:
-    """A sheet that was made, and its key."""
+    """The files of a sheet and of its key."""
 
     sheet: Path
     key: Path
     pairs: int
     identical: int
-    """Pairs of the same two replies, which nobody is asked about; they count as ties."""
+    """Pairs of the same two replies, which readers are not asked about."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +70,21 @@ def make_sheet(
     first: Sequence[Predicted],
     second: Sequence[Predicted],
     folder: Path,
-    seed: str | None,
+    secret: str,
     *,
-    names: tuple[str, str] = ("tuned", "base"),
-    about: str | None = None,
-    examples: Sequence[str] = (),
-    limit: int | None = None,
+    names: tuple[str, str],
+    about: str | None,
+    examples: Sequence[str],
+    limit: int | None,
 ) -> Sheet:
     """Write ab_sheet.html and ab_key.json for two sides' replies to the same prompts, in the same order.
 
-    With `seed` the same predictions give the same two files; whoever can guess it can tell the sides apart, so that
-    without a reason it is None, which draws 256 bits. `about` is the character's name for the question, `examples`
-    are true lines of the character for readers who do not know it, `limit` draws that many pairs at random.
-    Raises `DataError` where the predictions do not belong together or no pair differs, `UsageError` where the
-    folder holds the key of another sheet.
+    The same predictions and `secret` give the same two files; whoever can guess it can tell the sides apart. `about` is
+    the character's name for the question, `examples` are true lines of the character for readers who do not know it,
+    and `limit` draws that many pairs at random.
+
+    Raises `DataError` if the predictions do not belong together or no pair differs, `UsageError` if the folder holds
+    the key of another sheet.
     """
     pairs = _pairs(first, second, names)
     asked = [pair for pair in pairs if "".join(pair.replies[0].split()) != "".join(pair.replies[1].split())]
@@ -93,13 +93,12 @@ def make_sheet(
             f"All {len(pairs)} pairs of replies are identical, so there is nothing to compare. "
             f"Are both predictions of the same side?"
         )
-    secret = secrets.token_hex(32) if seed is None else str(seed)
     shown = sorted(asked, key=lambda pair: _hash(secret, "order", pair.prediction))[:limit]
     on_left = _first_on_left(secret, shown)
     ids = {pair.prediction: _name(_hash(secret, "pair", pair.prediction), 8) for pair in shown}
     if len(set(ids.values())) < len(ids):
         raise DataError("Two pairs got the same identifier, which is rarer than one sheet in millions. Make it again.")
-    content: dict[str, Any] = {
+    content: JsonObject = {
         "language": "zh" if is_chinese(*(reply for pair in shown for reply in pair.replies)) else "en",
         "about": _plain(about or ""),
         "examples": [_plain(text) for text in examples],
@@ -154,7 +153,7 @@ def _plain(text: str) -> str:
 
 
 def _first_on_left(secret: str, shown: Sequence[_Pair]) -> set[int]:
-    """On which pairs the first side is on the left: a random half, so that a reader's habit of one side cancels."""
+    """The pairs with the first side on the left: a random half, so that a reader's preference for one side cancels."""
     shuffled = sorted(shown, key=lambda pair: _hash(secret, "side", pair.prediction))
     odd = _hash(secret, "side", "odd")[0] % 2
     return {pair.prediction for pair in shuffled[: (len(shown) + odd) // 2]}

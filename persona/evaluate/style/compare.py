@@ -1,30 +1,21 @@
-"""The style of three sets of texts beside each other: the author's, the base model's and the tuned model's."""
+"""The style of three sets of texts beside each other: the author's, the base model's and the tuned model's.
 
-import math
+Without a base, the tuned side takes its place: it is measured from the author, but there is no way to have gone.
+"""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
+from persona.evaluate.results import Distance, Estimate, Sides, StyleReport
 from persona.evaluate.style import counting
-from persona.evaluate.style.counting import (
-    Columns,
-    Corpus,
-    Passage,
-    count,
-    features,
-    joined,
-    passages_of,
-    summed,
-    vocabulary,
-)
+from persona.evaluate.style.counting import Columns, Corpus, Passage, count, features, joined, passages_of, vocabulary
 from persona.evaluate.style.distances import (
     MEASURES,
     UNITS,
     Measure,
     Prepared,
-    centre,
     distance,
     headline,
     prepare,
@@ -32,31 +23,28 @@ from persona.evaluate.style.distances import (
     scales,
 )
 from persona.evaluate.style.phrases import catch_phrases, diversity
-from persona.evaluate.style.results import Comparison, Distance, Estimate, Texts
 from persona.evaluate.style.words import Language, Segmenter, language, segmenter, words
 
 # --- progress ---------------------------------------------------------------------------------------------------------
 # How far from base to author: the distances of many samples of equal length, and what they say of the tuned model.
 #
-# The headline asks which mixture of the author's own other texts and the base's would be as near to the author as the
-# tuned model is. Asked so, it depends neither on how a distance grows, nor on how long or how many the texts are.
+# The headline is the share of the author's own other texts in a mixture with the base's that is as near to the author
+# as the tuned model is. So it depends neither on how a distance grows, nor on how long or how many the texts are.
 
 
 HEADLINE = "style"
 _SAMPLE = 8000  # characters; longer samples only take time
 _LEAST = 200  # characters of a sample; in less, chance hides the author
 _FEWEST = 4  # passages of a set, so that its parts and bootstraps can differ
-# Disjoint samples; the base's second is the centre of z-scores
-_PARTS = {"author": 2, "base": 2}
 _DRAWS = 6  # samples from each bootstrapped set; their mean has little of the chance of one split
 _MIXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)  # share of the author's own text
 _SURE = (2.5, 97.5)  # percentiles of a 95 % interval
 
-Sets = Mapping[str, np.ndarray]  # "author", "base", perhaps "tuned": the characters of each passage
+Sets = Mapping[str, np.ndarray]  # "author", "base" and "tuned", or only one of these two: the characters by passage
 
 
 @dataclass(frozen=True)
-class Curve:
+class Readings:
     """Distances from a sample of the author to mixtures (repeats, mixtures) and to the tuned model (repeats,)."""
 
     mixtures: np.ndarray
@@ -65,7 +53,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Weights over the passages of all sets, (repeats, passages) each, by what the samples are for."""
+    """The samples of each purpose, as weights over the passages of all sets, (repeats, passages)."""
 
     author: np.ndarray
     mixtures: list[np.ndarray]
@@ -83,23 +71,33 @@ class Found:
     progress: Estimate
 
 
-def lack(name: str, characters: np.ndarray) -> str | None:
+def anchor(sets: Mapping[str, object]) -> str:
+    """The set that is mixed with the author's: the base, or the tuned side if it is alone."""
+    return "base" if "base" in sets else "tuned"
+
+
+def lack(name: str, parts: int, characters: np.ndarray) -> str | None:
     """Why this set is too small to be measured."""
-    if len(characters) >= _FEWEST and _part(name, characters) >= _LEAST:
+    if len(characters) >= _FEWEST and _part(parts, characters) >= _LEAST:
         return None
-    least = f"{_FEWEST} texts and about {(2 * _PARTS.get(name, 1) - 1) * _LEAST} characters"
+    least = f"{_FEWEST} texts and about {(2 * parts - 1) * _LEAST} characters"
     return f"{name}: {len(characters)} texts with {int(characters.sum())} characters; {least} are needed"
 
 
-def _part(name: str, characters: np.ndarray) -> float:
-    """Characters of each of the disjoint samples that are drawn from a set; the text that ends one is in no other."""
-    parts = _PARTS.get(name, 1)
+def _parts(sets: Mapping[str, object]) -> dict[str, int]:
+    """The disjoint samples drawn from each set; the second of the anchor is the centre of z-scores."""
+    return {name: 2 if name in ("author", anchor(sets)) else 1 for name in sets}
+
+
+def _part(parts: int, characters: np.ndarray) -> float:
+    """Characters of each of the disjoint samples of a set; the text that ends one is in no other."""
     return (characters.sum() - (parts - 1) * characters.mean()) / parts if len(characters) else 0
 
 
 def sample_length(sets: Sets) -> int:
     """Characters of each sample: as many as each set has for every sample drawn from it."""
-    return int(min(_SAMPLE, *(_part(name, characters) for name, characters in sets.items())))
+    parts = _parts(sets)
+    return int(min(_SAMPLE, *(_part(parts[name], characters) for name, characters in sets.items())))
 
 
 def measure(passages: Prepared, sets: Sets, seed: int, repeats: int) -> dict[str, Found]:
@@ -118,7 +116,7 @@ def measure(passages: Prepared, sets: Sets, seed: int, repeats: int) -> dict[str
 
 def _curves(
     passages: Prepared, sets: Sets, times: Sets, sample: int, generator: np.random.Generator
-) -> dict[str, Curve]:
+) -> dict[str, Readings]:
     drawn = _draw(sets, times, sample, generator)
     found = {}
     for each in MEASURES:
@@ -128,12 +126,12 @@ def _curves(
         tuned = None
         if drawn.tuned is not None:
             tuned = distance(each, first, represent(each, passages, drawn.tuned), middle)
-        found[each.name] = Curve(values, tuned)
+        found[each.name] = Readings(values, tuned)
     whole = headline({name: curve.mixtures for name, curve in found.items()})
     nearness = None
     if drawn.tuned is not None:
         nearness = headline({name: curve.tuned for name, curve in found.items() if curve.tuned is not None})
-    return found | {HEADLINE: Curve(whole, nearness)}
+    return found | {HEADLINE: Readings(whole, nearness)}
 
 
 def _draw(sets: Sets, times: Sets, sample: int, generator: np.random.Generator) -> Drawn:
@@ -151,31 +149,31 @@ def _draw(sets: Sets, times: Sets, sample: int, generator: np.random.Generator) 
             rest[name] = rest[name] * (blocks[at] == 0)
         return np.concatenate(blocks, axis=1)
 
+    other = anchor(sets)
     author = draw("author", sample, True)
-    seen_from = draw("base", sample, True)
-    mixtures = [
-        draw("author", share * sample, False) + draw("base", (1 - share) * sample, False) for share in _MIXTURES
-    ]
-    return Drawn(author, mixtures, draw("tuned", sample, True) if "tuned" in sets else None, seen_from)
+    seen_from = draw(other, sample, True)
+    mixtures = [draw("author", share * sample, False) + draw(other, (1 - share) * sample, False) for share in _MIXTURES]
+    tuned = draw("tuned", sample, True) if {"base", "tuned"} <= sets.keys() else None
+    return Drawn(author, mixtures, tuned, seen_from)
 
 
-def _averaged(curve: Curve, repeats: int) -> Curve:
+def _averaged(curve: Readings, repeats: int) -> Readings:
     """The mean of the samples of each bootstrap."""
     tuned = None if curve.tuned is None else curve.tuned.reshape(repeats, -1).mean(axis=1)
-    return Curve(curve.mixtures.reshape(repeats, -1, len(_MIXTURES)).mean(axis=1), tuned)
+    return Readings(curve.mixtures.reshape(repeats, -1, len(_MIXTURES)).mean(axis=1), tuned)
 
 
-def _complete(curve: Curve) -> Curve | None:
-    """The rows in which no sample was empty; None if that is less than half, so that little can be said."""
+def _complete(curve: Readings) -> Readings | None:
+    """The rows without an empty sample; None if they are less than half, which is too little."""
     rows = ~np.isnan(curve.mixtures).any(axis=1)
     if curve.tuned is not None:
         rows &= ~np.isnan(curve.tuned)
     if rows.mean() < 0.5:
         return None
-    return Curve(curve.mixtures[rows], None if curve.tuned is None else curve.tuned[rows])
+    return Readings(curve.mixtures[rows], None if curve.tuned is None else curve.tuned[rows])
 
 
-def _found(measured: Curve, resampled: Curve) -> Found:
+def _found(measured: Readings, resampled: Readings) -> Found:
     points, bootstraps = _complete(measured), _complete(resampled)
     if points is None or bootstraps is None:
         nothing = Estimate(None, reason="too few texts have anything of this kind to count")
@@ -184,7 +182,7 @@ def _found(measured: Curve, resampled: Curve) -> Found:
     found = Found(
         _estimate(middle[0, -1], points.mixtures[:, -1], around=False),
         _estimate(middle[0, 0], bootstraps.mixtures[:, 0]),
-        *[Estimate(None, reason="no texts of a tuned model")] * 2,
+        *[Estimate(None, reason="no texts of a base model")] * 2,
     )
     if points.tuned is None or bootstraps.tuned is None:
         return found
@@ -201,9 +199,10 @@ def _found(measured: Curve, resampled: Curve) -> Found:
 
 
 def along(mixtures: np.ndarray, tuned: np.ndarray) -> np.ndarray:
-    """Where on the way each `tuned` (rows,) is, given the distances of the mixtures (rows, mixtures): up to 1.
+    """The share of the way that each `tuned` (rows,) has gone, by the distances of the mixtures (rows, mixtures).
 
-    Beyond the floor it is below 0, in units of the whole way; nan where the floor is not farther than the ceiling.
+    It is at most 1 and, beyond the floor, below 0 in units of the whole way; nan if the floor is not farther than the
+    ceiling.
     """
     found = np.full(len(tuned), np.nan)
     for row, (curve, value) in enumerate(zip(mixtures, tuned, strict=True)):
@@ -222,85 +221,41 @@ def _estimate(value: float, resampled: np.ndarray, around: bool = True) -> Estim
 
 
 _MOST = 600  # passages of a set; time grows with the square
-_PIECE = 1000  # characters of the documents that TF-IDF counts where there are few authors
-_MANY = 10  # authors, each of whom is one document then
-_LABEL = "style: the mean of the distances that have a weight"
-
-Words = Literal["auto", "jieba", "bigrams"]
+_PIECE = 1000  # characters of the documents that TF-IDF counts
+_MEAN = Measure(HEADLINE, "weighted mean of the first five", "", "mean", 1)
 
 
-def compare(
-    author: Sequence[str],
-    base: Sequence[str],
-    tuned: Sequence[str] | None = None,
-    *,
-    seed: int,
-    reference: Sequence[Sequence[str]] = (),
-    segmentation: Words = "auto",
-    repeats: int = 200,
-) -> Comparison:
-    """How far from `base` to `author` the texts of `tuned` have gone; without `tuned`, only the two anchors.
+def compare(author: Sequence[str], texts: Sides[list[str]], seed: int, repeats: int) -> StyleReport:
+    """How far from base to author the tuned texts have gone; without a base there are distances but no headline.
 
-    `reference` are the texts of other authors, one sequence each, for whoever has them: what is usual is then judged
-    by them too. The same texts and seed give the same numbers; blank texts are not counted.
+    The same texts and seed give the same numbers, over `repeats` samples and bootstraps. Blank texts are not counted.
     """
-    given = {"author": author, "base": base} | ({} if tuned is None else {"tuned": tuned})
+    by_name = {"author": author} | ({} if texts.base is None else {"base": texts.base}) | {"tuned": texts.tuned}
     generator = np.random.default_rng(seed)
     notes: list[str] = []
-    kept = {name: _passages(name, texts, generator, notes) for name, texts in given.items()}
+    kept = {name: _passages(name, each, generator, notes) for name, each in by_name.items()}
     spoken = language([passage.text for passages in kept.values() for passage in passages])
-    cut, cutter = segmenter(segmentation) if spoken == "zh" else segmenter("bigrams")
-    sets, others, columns = _corpora(kept, reference, spoken, cut)
-    found, sample, reasons = _progress(sets, others, columns, seed, repeats)
-    whole, *distances = (
-        _distance(measure, found, reasons) for measure in (Measure(HEADLINE, _LABEL, "", "mean", 1, ""), *MEASURES)
-    )
-    spoken_words = {name: [words(text, cut) for text in texts] for name, texts in given.items()}
-    return Comparison(
-        score=whole.progress,
-        distance=whole,
-        distances=tuple(distances),
+    cut, cutter = segmenter(spoken)
+    sets, columns = _corpora(kept, spoken, cut)
+    found, sample, reasons = _progress(sets, columns, seed, repeats)
+    nothing = Estimate(None, reason="; ".join(reasons.values()) or None)
+    distances = [_distance(each, found, nothing, "base" in sets) for each in (_MEAN, *MEASURES)]
+    lacking = [each for one in distances for each in (one.author, one.distance.base, one.distance.tuned) if each]
+    notes += dict.fromkeys(f"not measured: {each.reason}" for each in lacking if each.reason is not None)
+    spoken_words = {name: [words(text, cut) for text in each] for name, each in by_name.items()}
+    whole = found.get(HEADLINE)
+    return StyleReport(
+        headline=nothing if whole is None or reasons else whole.progress,
+        words=cutter,
+        texts=len(texts.tuned),
+        sample=sample,
+        distances=tuple(one for one in (*distances[1:], distances[0]) if one.author.value is not None),
         levels=counting.levels(sets, spoken, cutter, seed, repeats),
         diversity=diversity(spoken_words, np.random.default_rng(seed)),
-        histograms=counting.histograms(sets, columns, spoken),
-        phrases=catch_phrases(given, spoken),
-        language=spoken,
-        words=cutter if spoken == "zh" else "words",
-        sample=sample,
-        seed=seed,
-        author=_texts(sets["author"]),
-        base=_texts(sets["base"]),
-        tuned=_texts(sets["tuned"]) if "tuned" in sets else None,
+        distributions=counting.distributions(sets, columns, spoken),
+        phrases=catch_phrases(by_name, spoken),
         notes=tuple(notes),
     )
-
-
-def distance_matrix(
-    rows: Sequence[Sequence[str]], columns: Sequence[Sequence[str]], reference: Sequence[Sequence[str]] = ()
-) -> dict[str, np.ndarray]:
-    """Every distance of each set of texts in `rows` from each in `columns`, and the headline's, as (rows, columns).
-
-    What is usual is judged by all of them and `reference`. The sets are taken whole; mind that chance makes short
-    texts look far from all others.
-    """
-    passages = [passages_of(texts) for texts in (*rows, *columns, *reference)]
-    spoken = language([passage.text for group in passages for passage in group])
-    cut, _ = segmenter("auto") if spoken == "zh" else segmenter("bigrams")
-    found = [[features(passage, spoken, cut) for passage in group] for group in passages]
-    known = vocabulary(found, spoken)
-    counts = [count(group, there, known) for group, there in zip(found, passages, strict=True)]
-    piece = math.inf if len(counts) >= _MANY else _PIECE
-    one = prepare(joined([summed(part) for part in counts]), scales(counts, counts, known, piece))
-    first = np.repeat(np.arange(len(rows)), len(columns))
-    second = np.tile(np.arange(len(rows), len(rows) + len(columns)), len(rows))
-    values = {}
-    for measure in MEASURES:
-        every = represent(measure, one, np.eye(len(counts), dtype=np.float32))
-        there = np.flatnonzero(~every.empty)
-        middle = centre([every.take(np.array([at])) for at in there]).take(np.zeros(len(first), int))
-        values[measure.name] = distance(measure, every.take(first), every.take(second), middle)
-    values[HEADLINE] = headline(values)
-    return {name: value.reshape(len(rows), len(columns)) for name, value in values.items()}
 
 
 def _passages(name: str, texts: Sequence[str], generator: np.random.Generator, notes: list[str]) -> list[Passage]:
@@ -317,43 +272,30 @@ def _passages(name: str, texts: Sequence[str], generator: np.random.Generator, n
     return found
 
 
-def _corpora(
-    kept: Mapping[str, list[Passage]], reference: Sequence[Sequence[str]], spoken: Language, cut: Segmenter
-) -> tuple[dict[str, Corpus], list[Corpus], Columns]:
-    groups = [*kept.values(), *(passages_of(texts) for texts in reference)]
-    found = [[features(passage, spoken, cut) for passage in group] for group in groups]
-    columns = vocabulary(found, spoken)
-    made = [Corpus(group, each, count(each, group, columns)) for group, each in zip(groups, found, strict=True)]
-    return dict(zip(kept, made, strict=False)), made[len(kept) :], columns
+def _corpora(kept: Mapping[str, list[Passage]], spoken: Language, cut: Segmenter) -> tuple[dict[str, Corpus], Columns]:
+    found = {name: [features(passage, spoken, cut) for passage in passages] for name, passages in kept.items()}
+    columns = vocabulary(found.values(), spoken)
+    sets = {name: Corpus(kept[name], each, count(each, kept[name], columns)) for name, each in found.items()}
+    return sets, columns
 
 
 def _progress(
-    sets: Mapping[str, Corpus], others: Sequence[Corpus], columns: Columns, seed: int, repeats: int
+    sets: Mapping[str, Corpus], columns: Columns, seed: int, repeats: int
 ) -> tuple[dict[str, Found], int, dict[str, str]]:
-    """What was measured, on samples of how many characters, and for which sets not, and why."""
+    """The figures of each measure, the characters of each sample, and for each set without figures the reason."""
+    parts = _parts(sets)
     characters = {name: corpus.counts.characters for name, corpus in sets.items()}
-    reasons = {name: reason for name, each in characters.items() if (reason := lack(name, each))}
-    if "author" in reasons or "base" in reasons:
+    reasons = {name: reason for name, each in characters.items() if (reason := lack(name, parts[name], each))}
+    if "author" in reasons or anchor(sets) in reasons:
         return {}, 0, reasons
     usable = {name: each for name, each in characters.items() if name not in reasons}
-    reference = [other.counts for other in others]
     everyone = [sets[name].counts for name in usable]
-    usual = scales([sets["base"].counts, *reference], [*everyone, *reference], columns, _PIECE)
-    passages = prepare(joined([sets[name].counts for name in usable]), usual)
-    return measure(passages, usable, seed, repeats), sample_length(usable), reasons
+    usual = scales([sets[anchor(sets)].counts], everyone, columns, _PIECE)
+    return measure(prepare(joined(everyone), usual), usable, seed, repeats), sample_length(usable), reasons
 
 
-def _distance(measure: Measure, found: Mapping[str, Found], reasons: Mapping[str, str]) -> Distance:
-    why = "; ".join(reasons.values()) or None
-    nothing = Estimate(None, reason=why)
-    values = found.get(measure.name, Found(nothing, nothing, nothing, nothing))
-    tuned, way = (nothing, nothing) if "tuned" in reasons else (values.tuned, values.progress)
-    unit = UNITS.get(measure.kind, "mean of its parts")
-    return Distance(
-        measure.name, measure.label, unit, measure.source, measure.weight, values.ceiling, values.floor, tuned, way
-    )
-
-
-def _texts(corpus: Corpus) -> Texts:
-    texts = sum(passage.opens is not None for passage in corpus.passages)
-    return Texts(texts, int(corpus.counts.characters.sum()), len(corpus.passages))
+def _distance(each: Measure, found: Mapping[str, Found], nothing: Estimate, has_base: bool) -> Distance:
+    values = found.get(each.name, Found(nothing, nothing, nothing, nothing))
+    tuned = nothing if has_base and nothing.reason else values.tuned
+    sides = Sides(tuned, values.floor) if has_base else Sides(values.floor)
+    return Distance(each.label, UNITS.get(each.kind, "mean of its parts"), values.ceiling, sides)

@@ -6,14 +6,16 @@ Everything else is computed from sums of rows, so that thousands of samples cost
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+from persona.evaluate.results import Distribution, Estimate, Level, Sides
 from persona.evaluate.style import words as lexicon
-from persona.evaluate.style.results import Estimate, Histogram, Level
 from persona.evaluate.style.words import Language, Segmenter, passages, sentences, units, words
 
-OTHER = "(other)"  # what a distribution has outside its vocabulary
+T = TypeVar("T")
+OTHER = "(other)"  # the class of everything outside a vocabulary
 _WORDS, _GRAMS, _PAIRS = 3000, 6000, 150  # the most frequent ones
 _SPREAD = 800  # words of the word distribution
 _SENTENCE_BINS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 22, 29, 38, 50)  # words, or characters; steps of about 1.3
@@ -22,7 +24,7 @@ _TEXT_BINS = (0, 10, 20, 30, 45, 60, 85, 120, 170, 240, 340, 480, 680, 960, 1360
 
 @dataclass(frozen=True)
 class Passage:
-    """What is drawn in samples: a text, or a part of a long one; `opens` has the length of the text it begins."""
+    """The unit of the samples: a text, or a part of a long one; `opens` is the length of the text that it begins."""
 
     text: str
     opens: int | None
@@ -36,7 +38,7 @@ class Counts:
     characters: np.ndarray  # (passages,)
 
 
-Features = dict[str, list[str]]  # family: what stands in a passage, in its order
+Features = dict[str, list[str]]  # family: the features of a passage, in their order
 Columns = Mapping[str, Mapping[str, int]]  # family: the column of each feature
 
 
@@ -66,7 +68,7 @@ FIXED = {"sentence_length": _SENTENCE_NAMES, "text_length": _TEXT_NAMES}
 
 
 def features(passage: Passage, language: Language, cut: Segmenter) -> Features:
-    """What stands in a passage, family by family, as often as it does."""
+    """The features of a passage by family, each as often as it occurs."""
     text = passage.text
     found = words(text, cut)
     flat = " ".join(text.casefold().split())
@@ -85,7 +87,7 @@ def features(passage: Passage, language: Language, cut: Segmenter) -> Features:
 
 
 def vocabulary(groups: Iterable[Sequence[Features]], language: Language) -> Columns:
-    """The features to count: the most frequent ones of all groups, each group with the same say."""
+    """The features to count: the most frequent ones of all groups, each group with the same weight."""
     shares: dict[str, Counter[str]] = {}
     for group in groups:
         counted: dict[str, Counter[str]] = {}
@@ -121,7 +123,7 @@ def _delta(shares: dict[str, Counter[str]], language: Language, function: frozen
 
 
 def count(group: Sequence[Features], passages: Sequence[Passage], known: Columns) -> Counts:
-    """The matrices of one set of passages; unknown features count as other where there is such a column."""
+    """The matrices of one set of passages; unknown features count as other if the family has such a column."""
     families = {}
     for family, columns in known.items():
         matrix = np.zeros((len(group), len(columns)), np.float32)
@@ -136,20 +138,14 @@ def count(group: Sequence[Features], passages: Sequence[Passage], known: Columns
 
 
 def joined(sets: Sequence[Counts]) -> Counts:
-    """Several sets in one, one after the other."""
+    """Several sets as one, in their order."""
     families = {family: np.concatenate([part.families[family] for part in sets]) for family in sets[0].families}
     return Counts(families, np.concatenate([part.characters for part in sets]))
 
 
-def summed(counts: Counts) -> Counts:
-    """A whole set as one passage."""
-    families = {family: matrix.sum(axis=0, keepdims=True) for family, matrix in counts.families.items()}
-    return Counts(families, counts.characters.sum(keepdims=True))
-
-
 @dataclass(frozen=True)
 class Corpus:
-    """One set of texts in every form that the measures want it in."""
+    """One set of texts in every form that the measures need."""
 
     passages: Sequence[Passage]
     features: Sequence[Features]
@@ -159,7 +155,7 @@ class Corpus:
 # --- sampling ---------------------------------------------------------------------------------------------------------
 # Samples of equal length: texts in random order up to a number of characters, the last one counted in part.
 #
-# A distance between two samples shrinks as they grow, since chance falls away; only samples of one length compare.
+# A distance between two samples shrinks as they grow, since chance averages out; only samples of one length compare.
 
 
 def orders(generator: np.random.Generator, repeats: int, passages: int) -> np.ndarray:
@@ -175,7 +171,7 @@ def multiplicities(generator: np.random.Generator, repeats: int, passages: int) 
 def weights(order: np.ndarray, times: np.ndarray, characters: np.ndarray, sample: float) -> np.ndarray:
     """How much each passage counts in a sample of `sample` characters drawn in this order: (repeats, passages).
 
-    `order` is (repeats, those to draw from); `times`, (repeats, passages), says how often a passage is there.
+    `order` is (repeats, those to draw from); `times`, (repeats, passages), is how often a passage may be drawn.
     """
     there = np.take_along_axis(times * characters, order, axis=1)
     before = np.cumsum(there, axis=1) - there
@@ -190,16 +186,18 @@ def weights(order: np.ndarray, times: np.ndarray, characters: np.ndarray, sample
 
 
 _SHOWN = 16  # marks or words in a picture
-_SETS = ("author", "base", "tuned")
-Ratio = tuple[float, float]  # what is counted, and what it is a share of
+Ratio = tuple[float, float]  # a count, and the total that it is a share of
+
+
+def by_side(sets: Mapping[str, T]) -> Sides[T]:
+    """The values of "tuned" and, if it is there, "base"."""
+    return Sides(sets["tuned"], sets.get("base"))
 
 
 @dataclass(frozen=True)
 class _Plain:
     name: str
-    label: str
     unit: str
-    source: str
     count: Callable[[Passage, Features], Ratio]
 
 
@@ -208,9 +206,8 @@ def levels(sets: Mapping[str, Corpus], language: Language, cutter: str, seed: in
     generator = np.random.default_rng(seed)
     found = []
     for plain in _plain(language, cutter):
-        values = {name: _value(plain, sets[name], generator, repeats) for name in _SETS if name in sets}
-        missing = {name: Estimate(None, reason=f"no texts of {name}") for name in _SETS if name not in sets}
-        found.append(Level(plain.name, plain.label, plain.unit, plain.source, **values, **missing))
+        values = {name: _value(plain, corpus, generator, repeats) for name, corpus in sets.items()}
+        found.append(Level(plain.name, plain.unit, values["author"], by_side(values)))
     return tuple(found)
 
 
@@ -243,19 +240,18 @@ def _plain(language: Language, cutter: str) -> list[_Plain]:
     named = {*lexicon.NAMED.values(), lexicon.REST}
     profile = "per 1,000 characters"
     found = [
-        _Plain("text_length", "text length", "characters", "mean", lambda p, _: (len(p.text), p.opens is not None)),
-        _Plain("sentence_length", "sentence length", words, "mean", sentence_length),
-        _Plain("punctuation", "punctuation marks", profile, "rate", marks(lambda mark: mark not in named)),
-        _Plain("emoji", "emoji", profile, "rate", marks(lambda mark: mark == lexicon.NAMED["emoji"])),
-        _Plain("latin_letters", "Latin letters", profile, "rate", marks(lambda mark: mark == lexicon.NAMED["latin"])),
-        _Plain("digits", "digits", profile, "rate", marks(lambda mark: mark == lexicon.NAMED["digit"])),
-        _Plain("function_words", "function words", f"share of {words}", "closed classes", of_words),
-    ]  # fmt: skip
+        _Plain("text length", "characters", lambda passage, _: (len(passage.text), passage.opens is not None)),
+        _Plain("sentence length", words, sentence_length),
+        _Plain("punctuation marks", profile, marks(lambda mark: mark not in named)),
+        _Plain("emoji", profile, marks(lambda mark: mark == lexicon.NAMED["emoji"])),
+        _Plain("Latin letters", profile, marks(lambda mark: mark == lexicon.NAMED["latin"])),
+        _Plain("digits", profile, marks(lambda mark: mark == lexicon.NAMED["digit"])),
+        _Plain("function words", f"share of {words}", of_words),
+    ]
     if language == "zh":
         by_words = cutter.startswith("jieba")
         unit = "share of words (jieba)" if by_words else "share of characters (no jieba)"
-        count = _stop_words if by_words else _stop_characters
-        found.append(_Plain("stop_words", "the 28 stop words of older reports", unit, "lexicon.STOP_WORDS", count))
+        found.append(_Plain("the 28 stop words of older reports", unit, _stop_words if by_words else _stop_characters))
     return found
 
 
@@ -267,7 +263,7 @@ def _stop_characters(passage: Passage, _: Features) -> Ratio:
     return sum(len(word) for word in lexicon.STOP_WORD.findall(passage.text)), len(units(passage.text))
 
 
-def histograms(sets: Mapping[str, Corpus], columns: Columns, language: Language) -> tuple[Histogram, ...]:
+def distributions(sets: Mapping[str, Corpus], columns: Columns, language: Language) -> tuple[Distribution, ...]:
     """Text and sentence lengths as shares; marks and function words as rates, the most frequent of all sets."""
     words = "characters" if language == "zh" else "words"
     marks, function = _frequent(sets, columns, "punctuation"), _frequent(sets, columns, "function_words")
@@ -277,7 +273,8 @@ def histograms(sets: Mapping[str, Corpus], columns: Columns, language: Language)
         ("punctuation", "punctuation", "per 1,000 characters", marks, 1000),
         ("function_words", "function words", f"per 1,000 {words}", function, 1000),
     )
-    return tuple(_histogram(sets, columns, *each) for each in drawn)
+    made = [_distribution(sets, columns, *each) for each in drawn]
+    return tuple(one for one in made if one is not None)
 
 
 def _rates(corpus: Corpus, family: str) -> np.ndarray | None:
@@ -295,12 +292,16 @@ def _frequent(sets: Mapping[str, Corpus], columns: Columns, family: str) -> list
     return [name for name in names if total[columns[family][name]] > 0][:_SHOWN]
 
 
-def _histogram(
-    sets: Mapping[str, Corpus], columns: Columns, family: str, label: str, unit: str, bins: Sequence[str], scale: float
-) -> Histogram:
-    at = [columns[family][name] for name in bins]
-    drawn: dict[str, tuple[float, ...] | None] = dict.fromkeys(_SETS)
-    for name, corpus in sets.items():
+def _distribution(
+    sets: Mapping[str, Corpus], columns: Columns, family: str, name: str, unit: str, bins: Sequence[str], scale: float
+) -> Distribution | None:
+    """The distribution of one family; None if the author or the tuned side has nothing of it."""
+    at = [columns[family][label] for label in bins]
+    drawn: dict[str, tuple[float, ...]] = {}
+    for side, corpus in sets.items():
         rates = _rates(corpus, family)
-        drawn[name] = None if rates is None else tuple(float(scale * rate) for rate in rates[at])
-    return Histogram(family, label, unit, tuple(bins), **drawn)
+        if rates is not None:
+            drawn[side] = tuple(float(scale * rate) for rate in rates[at])
+    if not {"author", "tuned"} <= drawn.keys():
+        return None
+    return Distribution(name, unit, tuple(bins), drawn["author"], by_side(drawn))

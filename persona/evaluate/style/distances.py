@@ -17,14 +17,13 @@ from persona.evaluate.style.counting import OTHER, Counts
 
 @dataclass(frozen=True)
 class Measure:
-    """A distance: on which family of features, of which kind, and its weight in the headline."""
+    """A distance: its family of features, its kind, and its weight in the headline."""
 
     name: str
     label: str
     family: str
     kind: str  # "jensen-shannon", "tf-idf", "delta", "cosine-delta"
     weight: float
-    source: str
 
 
 UNITS = {
@@ -33,30 +32,29 @@ UNITS = {
     "delta": "mean absolute difference of z-scores",
     "cosine-delta": "cosine distance of z-scores, 0 to 2",
 }
-_LIN = "Lin 1991, Divergence measures based on the Shannon entropy"
-_SALTON = "Salton and Buckley 1988, Term-weighting approaches in automatic text retrieval"
-_COSINE = (
-    "Smith and Aldridge 2011, Improving authorship attribution; Evert et al. 2017, Understanding and explaining Delta"
-)
+# Jensen-Shannon: Lin 1991, Divergence measures based on the Shannon entropy. TF-IDF: Salton and Buckley 1988,
+# Term-weighting approaches in automatic text retrieval. Delta: Burrows 2002, 'Delta'; with a cosine Smith and Aldridge
+# 2011, Improving authorship attribution, and Evert et al. 2017, Understanding and explaining Delta.
+#
 # The headline has one of each layer of writing; punctuation weighs more because its divergences are small numbers. No
 # measure that is taken from a centre is in it: seen from any centre between author and base, or from the base, a third
 # writer who is like neither looks part of the way to the author.
 MEASURES = (
-    Measure("words", "words", "words", "tf-idf", 1, _SALTON),
-    Measure("character_ngrams", "character 3- to 5-grams", "characters", "tf-idf", 1, _SALTON),
-    Measure("function_words", "function words", "function_words", "jensen-shannon", 1, _LIN),
-    Measure("punctuation", "punctuation", "punctuation", "jensen-shannon", 10, _LIN),
-    Measure("sentence_length", "sentence length", "sentence_length", "jensen-shannon", 0.5, _LIN),
-    Measure("text_length", "text length", "text_length", "jensen-shannon", 0, _LIN),
-    Measure("word_distribution", "word distribution", "frequent_words", "jensen-shannon", 0, _LIN),
-    Measure("burrows_delta", "function words, Burrows' Delta", "delta", "delta", 0, "Burrows 2002, 'Delta'"),
-    Measure("cosine_delta", "function words, cosine Delta", "delta", "cosine-delta", 0, _COSINE),
+    Measure("words", "words", "words", "tf-idf", 1),
+    Measure("character_ngrams", "character 3- to 5-grams", "characters", "tf-idf", 1),
+    Measure("function_words", "function words", "function_words", "jensen-shannon", 1),
+    Measure("punctuation", "punctuation", "punctuation", "jensen-shannon", 10),
+    Measure("sentence_length", "sentence length", "sentence_length", "jensen-shannon", 0.5),
+    Measure("text_length", "text length", "text_length", "jensen-shannon", 0),
+    Measure("word_distribution", "word distribution", "frequent_words", "jensen-shannon", 0),
+    Measure("burrows_delta", "function words, Burrows' Delta", "delta", "delta", 0),
+    Measure("cosine_delta", "function words, cosine Delta", "delta", "cosine-delta", 0),
 )
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What is usual, family by family: inverse document frequency, and standard deviation of the rates."""
+    """The usual use of each feature, by family: inverse document frequency, and standard deviation of the rates."""
 
     idf: Mapping[str, np.ndarray]
     deviation: Mapping[str, np.ndarray]
@@ -64,32 +62,27 @@ class Scales:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All passages, ready for `Samples`: of each measure the rows' totals, and the counts or their Gram matrix."""
+    """All passages, ready for `Samples`: by measure the rows' totals, and the counts or their Gram matrix."""
 
     totals: Mapping[str, np.ndarray]  # (passages,)
     matrices: Mapping[str, np.ndarray]
-    scales: Scales
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples in the form in which one measure compares them."""
+    """Samples in the form that one measure compares."""
 
     shares: np.ndarray  # (samples, passages): weights that add up to one occurrence
     image: np.ndarray  # (samples, features): rates; for a cosine (samples, passages): products with each passage
     empty: np.ndarray  # (samples,): nothing of this kind is there
 
-    def take(self, rows: np.ndarray) -> "Samples":
-        """The samples in these rows, as often as they are named."""
-        return Samples(self.shares[rows], self.image[rows], self.empty[rows])
-
 
 def scales(
     usual: Sequence[Counts], everyone: Sequence[Counts], columns: Mapping[str, Mapping[str, int]], piece: float
 ) -> Scales:
-    """Document frequencies of `usual` and deviations of `everyone`, each author with the same say.
+    """Document frequencies of `usual` and deviations of `everyone`, each author with the same weight.
 
-    Documents are pieces of so many characters. A word that none of them has weighs as one that a single piece has:
+    Documents are pieces of `piece` characters. A word that none of them has weighs as one that a single piece has:
     were the author's texts among them, words that only he and the tuned model use would weigh less than his alone.
     """
     idf, deviation = {}, {}
@@ -120,7 +113,7 @@ def _rates(counts: np.ndarray) -> np.ndarray:
 
 
 def prepare(counts: Counts, usual: Scales) -> Prepared:
-    """The passages of all sets in one, for `represent`."""
+    """The passages of all sets together, for `represent`."""
     totals, matrices = {}, {}
     for measure in MEASURES:
         found = counts.families[measure.family]
@@ -131,7 +124,7 @@ def prepare(counts: Counts, usual: Scales) -> Prepared:
             deviation = usual.deviation[measure.family]
             found = np.divide(found, deviation, out=np.zeros_like(found), where=deviation > 0)
         matrices[measure.name] = found @ found.T if "cosine" in UNITS[measure.kind] else found
-    return Prepared(totals, matrices, usual)
+    return Prepared(totals, matrices)
 
 
 def represent(measure: Measure, passages: Prepared, weights: np.ndarray) -> Samples:
@@ -140,13 +133,6 @@ def represent(measure: Measure, passages: Prepared, weights: np.ndarray) -> Samp
     empty = occurrences <= 0
     shares = weights / np.where(empty, 1, occurrences)[:, None]
     return Samples(shares, shares @ passages.matrices[measure.name], empty)
-
-
-def centre(samples: Sequence[Samples]) -> Samples:
-    """The point between several samples, row by row."""
-    shares = np.mean([each.shares for each in samples], axis=0)
-    image = np.mean([each.image for each in samples], axis=0)
-    return Samples(shares, image, np.any([each.empty for each in samples], axis=0))
 
 
 def distance(measure: Measure, first: Samples, second: Samples, middle: Samples) -> np.ndarray:
@@ -189,7 +175,7 @@ def _entropy(shares: np.ndarray) -> np.ndarray:
 
 
 def headline(found: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The weighted mean of the distances, whatever the shape; one that is nan is left out there."""
+    """The weighted mean of the distances, element by element; one that is nan is left out of its mean."""
     chosen = [measure for measure in MEASURES if measure.weight]
     values = np.stack([found[measure.name] for measure in chosen])
     weights = np.array([measure.weight for measure in chosen]).reshape(-1, *[1] * (values.ndim - 1))

@@ -1,4 +1,4 @@
-"""Catch-phrases: the turns of speech that tell the author from the base, and how often each of the three uses them."""
+"""Catch-phrases: the turns of speech that distinguish the author from the base, with their rate in each set."""
 
 import math
 import re
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from persona.evaluate.style.results import Estimate, Level, Phrase
+from persona.evaluate.results import Estimate, Level, Phrase
+from persona.evaluate.style.counting import by_side
 from persona.evaluate.style.words import units
 
 Gram = tuple[str, ...]
@@ -15,7 +16,7 @@ Runs = list[list[str]]  # the words between two marks; no phrase runs across a m
 
 _LONGEST = {"en": 5, "zh": 8}  # words or characters of a phrase
 _SHORTEST = {"en": 1, "zh": 2}  # one character is seldom a word
-_TIMES = 3  # that the author says it, in as many different texts: what stands in one text is its subject
+_TIMES = 3  # different texts of the author that have the phrase: words of one text only are its subject
 _SURE = 1.96  # the z-score beyond which the log-odds differ from zero at 95 %
 _PHRASES = 20
 _MARK = re.compile(r"[^\w\s']+|[\r\n]+")
@@ -23,7 +24,7 @@ _PRIOR = 500.0  # words that the prior weighs; Monroe et al. take the size of a 
 
 
 def log_odds(first: Counter[Gram], second: Counter[Gram]) -> dict[Gram, float]:
-    """The z-score of each feature's log-odds in `first` against `second`, with the informative Dirichlet prior.
+    """The z-score of the log-odds of each feature in `first` against `second`, with the informative Dirichlet prior.
 
     Monroe, Colaresi and Quinn 2008, Fightin' Words, equations 16, 19, 22; the prior has the shape of both together.
     """
@@ -43,34 +44,33 @@ def log_odds(first: Counter[Gram], second: Counter[Gram]) -> dict[Gram, float]:
 
 
 def catch_phrases(sets: Mapping[str, Sequence[str]], language: str) -> tuple[Phrase, ...]:
-    """The author's phrases by z-score, each with its rate per 1,000 words, or characters of Chinese, in each set.
+    """The author's phrases by z-score, each with its rate per 1,000 words (characters for Chinese) in each set.
 
-    A phrase that is hardly ever said but as part of a longer one is left out.
+    They are told from the base's, or from the tuned side's if there is no base. A phrase that hardly ever occurs
+    outside a longer one is left out.
     """
     runs = {name: [_runs(text) for text in texts] for name, texts in sets.items()}
     counted = {name: Counter(gram for text in texts for gram in _grams(text, language)) for name, texts in runs.items()}
     spread = Counter(gram for text in runs["author"] for gram in set(_grams(text, language)))
-    author, base = counted["author"], counted["base"]
+    author, other = counted["author"], counted["base" if "base" in counted else "tuned"]
     scores: dict[Gram, float] = {}
     for length in range(_SHORTEST[language], _LONGEST[language] + 1):
-        mine, theirs = (Counter({g: k for g, k in counts.items() if len(g) == length}) for counts in (author, base))
+        mine, theirs = (Counter({g: k for g, k in counts.items() if len(g) == length}) for counts in (author, other))
         scores |= {gram: z for gram, z in log_odds(mine, theirs).items() if z > _SURE and spread[gram] >= _TIMES}
     chosen: list[Gram] = []
     for gram in sorted(scores, key=lambda gram: (-len(gram), -scores[gram], gram)):
-        within = sum(author[other] for other in chosen if _contains(other, gram))
+        within = sum(author[longer] for longer in chosen if _contains(longer, gram))
         if author[gram] > 1.25 * within:
             chosen.append(gram)
     words = {name: sum(len(run) for text in texts for run in text) for name, texts in runs.items()}
+    space = "" if language == "zh" else " "
+
+    def rates(gram: Gram) -> dict[str, float]:
+        return {name: 1000 * counts[gram] / words[name] for name, counts in counted.items() if words[name]}
+
     best = sorted(chosen, key=lambda gram: (-scores[gram], gram))[:_PHRASES]
-    return tuple(
-        Phrase(
-            ("" if language == "zh" else " ").join(gram),
-            scores[gram],
-            1000 * author[gram] / words["author"],
-            *(1000 * counted[name][gram] / words[name] if words.get(name) else None for name in ("base", "tuned")),
-        )
-        for gram in best
-    )
+    found = [(space.join(gram), rates(gram)) for gram in best]
+    return tuple(Phrase(text, each["author"], by_side(each)) for text, each in found if "tuned" in each)
 
 
 def _runs(text: str) -> Runs:
@@ -109,7 +109,7 @@ def distinct(words: Words, order: int) -> float:
     return len(set(grams)) / len(grams)
 
 
-def moving_type_token_ratio(words: Words, window: int = _WINDOW) -> float:
+def moving_type_token_ratio(words: Words, window: int) -> float:
     """The mean of different words among the words of each window (MATTR; Covington and McFall 2010)."""
     within = Counter(words[:window])
     total = len(within)
@@ -122,18 +122,18 @@ def moving_type_token_ratio(words: Words, window: int = _WINDOW) -> float:
     return total / (max(len(words) - window, 0) + 1) / min(window, len(words))
 
 
-def self_bleu(texts: Sequence[Words], longest: int = 4) -> float:
+def self_bleu(texts: Sequence[Words]) -> float:
     """BLEU-4 of every text against all others of its set, over the whole set: 0 = nothing in common, 1 = all alike.
 
-    Self-BLEU is of Zhu et al. 2018 (arXiv 1802.01886); the counts are those of Papineni et al. 2002, summed over the
-    texts as they do, so no smoothing is needed. Without a single 4-gram in common it is 0.
+    Self-BLEU is that of Zhu et al. 2018 (arXiv 1802.01886); the counts are those of Papineni et al. 2002, summed over
+    the texts as they do, so no smoothing is needed. Without a single 4-gram in common it is 0.
     """
-    counts = [[Counter(zip(*(t[i:] for i in range(n)), strict=False)) for n in range(1, longest + 1)] for t in texts]
-    tops = [_two_highest([count[n] for count in counts]) for n in range(longest)]
-    matched, possible = [0] * longest, [0] * longest
+    counts = [[Counter(zip(*(t[i:] for i in range(n)), strict=False)) for n in range(1, 5)] for t in texts]
+    tops = [_two_highest([count[n] for count in counts]) for n in range(4)]
+    matched, possible = [0] * 4, [0] * 4
     length = closest = 0
     for at, text in enumerate(texts):
-        for n in range(longest):
+        for n in range(4):
             possible[n] += counts[at][n].total()
             for gram, times in counts[at][n].items():
                 first, second = tops[n][gram]
@@ -143,12 +143,12 @@ def self_bleu(texts: Sequence[Words], longest: int = 4) -> float:
         closest += min(rest, key=lambda other: (abs(other - len(text)), other))
     if not all(matched):
         return 0.0
-    precision = math.exp(sum(math.log(m / p) for m, p in zip(matched, possible, strict=True)) / longest)
+    precision = math.exp(sum(math.log(m / p) for m, p in zip(matched, possible, strict=True)) / 4)
     return precision * min(1.0, math.exp(1 - closest / length))
 
 
 def _two_highest(counts: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], tuple[int, int]]:
-    """How often each n-gram stands in the text that has it most, and in the next: the most that any other has."""
+    """The two highest counts of an n-gram in one text; for the text with the first, the second is the others' most."""
     found: dict[tuple[str, ...], tuple[int, int]] = {}
     for count in counts:
         for gram, times in count.items():
@@ -158,39 +158,36 @@ def _two_highest(counts: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, 
 
 
 def diversity(sets: Mapping[str, Sequence[Words]], generator: np.random.Generator) -> tuple[Level, ...]:
-    """The four measures of each set, over equally many words and equally many texts of random order."""
+    """The four measures of each set, over equally many words and equally many texts, in random orders."""
     sets = {name: [text for text in texts if text] for name, texts in sets.items()}
     usable = {name: texts for name, texts in sets.items() if sum(map(len, texts)) >= _WINDOW}
     length = min([_WORDS, *(sum(map(len, texts)) for texts in usable.values())])
     several = {name: texts for name, texts in sets.items() if len(texts) > 1}
     number = min([_TEXTS, *(len(texts) for texts in several.values())])
-    found: dict[str, dict[str, Estimate]] = {name: {} for name, *_ in _MEASURES}
-    for name in ("author", "base", "tuned"):
-        values: dict[str, list[float]] = {measure: [] for measure, *_ in _MEASURES}
-        for _ in range(_DRAWS if name in sets else 0):
-            if name in usable:
-                words = _first(usable[name], generator, length)
-                values["distinct_1"].append(distinct(words, 1))
-                values["distinct_2"].append(distinct(words, 2))
-                values["moving_ttr"].append(moving_type_token_ratio(words))
+    found: dict[str, dict[str, Estimate]] = {name: {} for name, _ in _MEASURES}
+    for name in sets:
+        values: dict[str, list[float]] = {measure: [] for measure, _ in _MEASURES}
+        for _ in range(_DRAWS if name in usable else 0):
+            words = _first(usable[name], generator, length)
+            values["distinct-1"].append(distinct(words, 1))
+            values["distinct-2"].append(distinct(words, 2))
+            values["moving-average type-token ratio"].append(moving_type_token_ratio(words, _WINDOW))
         for _ in range(_DRAWS // 4 if name in several else 0):
             chosen = generator.permutation(len(several[name]))[:number]
-            values["self_bleu"].append(self_bleu([several[name][at] for at in chosen]))
+            values["self-BLEU"].append(100 * self_bleu([several[name][at] for at in chosen]))
         for measure, each in values.items():
-            why = f"{name}: too little text" if name in sets else f"no texts of {name}"
-            found[measure][name] = _mean(each) if each else Estimate(None, reason=why)
-    about = {"self_bleu": f"over {number} texts"}
+            found[measure][name] = _mean(each) if each else Estimate(None, reason=f"{name}: too little text")
     return tuple(
-        Level(name, label, about.get(name, f"over {length} words"), source, **found[name])
-        for name, label, source in _MEASURES
+        Level(name, unit.format(words=length, texts=number), found[name]["author"], by_side(found[name]))
+        for name, unit in _MEASURES
     )
 
 
 _MEASURES = (
-    ("distinct_1", "distinct-1", "Li et al. 2016, arXiv 1510.03055"),
-    ("distinct_2", "distinct-2", "Li et al. 2016, arXiv 1510.03055"),
-    ("moving_ttr", f"moving-average type-token ratio, {_WINDOW} words", "Covington and McFall 2010"),
-    ("self_bleu", "self-BLEU", "Zhu et al. 2018, arXiv 1802.01886"),
+    ("distinct-1", "different words among all words, of {words} words"),
+    ("distinct-2", "different pairs of words, of {words} words"),
+    ("moving-average type-token ratio", f"different words in {_WINDOW}, of {{words}} words"),
+    ("self-BLEU", "0 to 100, likeness of {texts} texts to each other"),
 )
 
 

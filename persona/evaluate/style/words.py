@@ -1,7 +1,7 @@
-"""Texts cut into what is counted: sentences, passages, words, characters.
+"""Texts cut into sentences, passages, words and characters, to be counted.
 
-Chinese is cut into words by jieba where that package is installed, else into pairs of neighbouring characters; every
-other script by its letters. Word counts of two such ways cannot be compared, so a result says which it used.
+Chinese is cut into words by jieba if that package is installed, else into pairs of neighbouring characters; every other
+script by its letters. Word counts of the two ways cannot be compared, so a report names the way it used.
 """
 
 import re
@@ -24,12 +24,12 @@ _PASSAGE = 500  # characters; a chapter told in one piece becomes passages, so t
 
 
 def language(texts: Sequence[str]) -> Language:
-    """`zh` or `en`, which stands for all others."""
+    """`zh`, or `en` for all other languages."""
     return "zh" if is_chinese(*texts) else "en"
 
 
 def units(text: str) -> list[tuple[int, int]]:
-    """Where each word begins and ends; of a script without spaces, each character."""
+    """The start and end of each word, or of each character in a script without spaces."""
     return [found.span() for found in _UNIT.finditer(text)]
 
 
@@ -38,15 +38,15 @@ def sentences(text: str) -> list[str]:
     return [found for found in _SENTENCE.findall(text) if found.strip()]
 
 
-def passages(text: str, longest: int = _PASSAGE) -> list[str]:
-    """`text`, or its sentences gathered into passages of up to `longest` characters where it is twice that long."""
-    if len(text) <= 2 * longest:
+def passages(text: str) -> list[str]:
+    """`text`, or its sentences gathered into passages of up to 500 characters if it has more than twice as many."""
+    if len(text) <= 2 * _PASSAGE:
         return [text]
     found = [""]
     for sentence in _SENTENCE.findall(text):
-        for start in range(0, len(sentence), longest):
-            piece = sentence[start : start + longest]
-            if found[-1] and len(found[-1]) + len(piece) > longest:
+        for start in range(0, len(sentence), _PASSAGE):
+            piece = sentence[start : start + _PASSAGE]
+            if found[-1] and len(found[-1]) + len(piece) > _PASSAGE:
                 found.append("")
             found[-1] += piece
     return [passage for passage in found if passage.strip()]
@@ -60,14 +60,17 @@ def words(text: str, cut: Segmenter) -> list[str]:
     return found
 
 
-def segmenter(choice: Literal["auto", "jieba", "bigrams"] = "auto") -> tuple[Segmenter, str]:
-    """What cuts unspaced scripts into words, and its name for the report; "auto" takes jieba where it is installed."""
-    if choice == "bigrams" or (choice == "auto" and find_spec("jieba") is None):
-        return _bigrams, "character bigrams"
+def segmenter(language: Language) -> tuple[Segmenter, str]:
+    """The function that cuts unspaced scripts into words, and its name for the report."""
+    if language == "en":
+        return bigrams, "words"
+    if find_spec("jieba") is None:
+        return bigrams, "character bigrams"
     return _jieba(), f"jieba {metadata.version('jieba')}"
 
 
-def _bigrams(piece: str) -> list[str]:
+def bigrams(piece: str) -> list[str]:
+    """Pairs of neighbouring characters in place of words."""
     return [piece[i : i + 2] for i in range(len(piece) - 1)] or [piece]
 
 
@@ -83,7 +86,7 @@ def _jieba() -> Segmenter:
 
 
 # --- lexicon ----------------------------------------------------------------------------------------------------------
-# Words and marks that belong to the language and not to a subject, so that their rates tell writers apart.
+# Words and marks that belong to the language and not to a subject: their rates distinguish writers.
 
 # Pronouns, articles, auxiliaries, prepositions, conjunctions and particles of English; the closed classes of Quirk et
 # al. 1985, A Comprehensive Grammar of the English Language, with the older forms that novels and plays use.
@@ -108,7 +111,7 @@ CHINESE = frozenset(
     "之其乃者也矣焉乎哉不没无未别莫非很太更最极都全只就才又再还已曾正将要会能可应该须肯敢是有来去上下里中外前后个些每各某几多少"
     "怎甚到并即便连比像似等"
 )
-# The 28 words over which older reports give a stop-word ratio
+# The 28 words of the stop-word ratio in older reports
 _STOP_WORDS = "的 了 在 是 我 有 和 就 不 人 都 一 一个 上 也 很 到 说 要 去 你 会 着 没有 看 好 自己 这"
 STOP_WORDS = tuple(_STOP_WORDS.split())
 STOP_WORD = re.compile("|".join(sorted(STOP_WORDS, key=len, reverse=True)))
