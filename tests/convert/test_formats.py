@@ -6,7 +6,8 @@ import json
 import pytest
 from making.converting import convert_data as convert
 
-from persona.errors import DataError
+from persona.convert.formats.recognise import NAMES
+from persona.errors import DataError, UsageError
 
 
 def said(conversion, number=0):
@@ -171,6 +172,36 @@ def test_rows_are_decided_one_by_one():
     assert conversion.rejections[0]["line"] == 3
     forced = convert(rows, format="alpaca")
     assert [rejection["code"] for rejection in forced.rejections] == ["MISSING", "MISSING"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"x": 1}],
+        [sharegpt(*PAIR)],
+        [{"instruction": "hi", "output": "ho"}],
+        [{"query": "hi"}, {"response": "ho"}],
+        [{"mapping": []}, {"messages": "hi"}, {"chats": {"list": [{"messages": 3}, 4]}}],
+        [{"data": {"mes_example": 5, "character_book": {"entries": 3}}}],
+        [{"IsSender": 1}, {"is_sender": 0}, {"SenderName": "A"}, {"speaker": "A", "text": 3}],
+    ],
+    ids=["unknown", "sharegpt", "alpaca", "half a pair", "chats", "card", "columns"],
+)
+def test_a_format_forced_on_other_rows_gives_records_or_faults(name, rows):
+    options = {
+        "characters": ("A",),
+        "tokenizer": lambda: ("letters", lambda text: [(i, i + 1) for i in range(len(text))]),
+    }
+    try:
+        conversion = convert(rows, format=name, **options)
+    except (DataError, UsageError) as fault:
+        message = str(fault)
+    else:
+        assert conversion.report["read"] >= conversion.report["written"]
+        (message,) = (entry["why"] for entry in conversion.report["files"])
+        assert f"--format {name}" in message or "unreadable" in message
+    assert message
 
 
 def test_small_extra_keys_are_kept():

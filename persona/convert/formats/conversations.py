@@ -27,6 +27,7 @@ from persona.records import RecordFault
 _LISTS = ("conversations", "messages", "conversation", "dialogue", "items")
 _ROLE_KEYS = ("from", "role", "speaker")
 _TEXT_KEYS = ("value", "content", "text")
+_READ_BESIDES = ("weight", "tool_calls", "function_call")
 _SHAREGPT = frozenset((*_LISTS, "system", "tools", "meta"))
 _MESSAGES = frozenset(("messages", "meta", "tools"))
 _ALPACA = frozenset(("instruction", "input", "output", "system", "history"))
@@ -88,9 +89,10 @@ def _turn(turn: Any, keys: tuple[str, str] | None, path: str, repairs: Counter[s
         check_switches(turn, role, path)
         if calls_tool(turn, path, options):
             role = "tool"
-        known = (*keys, "weight", "tool_calls", "function_call")
-        if any(value is not None and key not in known for key, value in turn.items()):
-            repairs["other keys of a turn dropped"] += 1
+        for key, value in turn.items():
+            if key not in keys and value is not None and key not in _READ_BESIDES:
+                repairs["other keys of a turn dropped"] += 1
+                break
     text_path = f"{path}.{keys[1]}"
     return Turn(role, "" if role == "tool" else content_of(turn.get(keys[1]), text_path, repairs), text_path)
 

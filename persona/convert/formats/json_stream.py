@@ -1,6 +1,6 @@
-"""The values of a JSON file read piece by piece: of an array each element, of {"data": [...]} each element of the list.
+"""The values of a JSON file, read piece by piece: the elements of an array, or of the list in {"data": [...]}.
 
-Memory holds one piece and one value, whatever the size of the file; a fault is named by its line and column.
+Memory holds one piece and one value, whatever the size of the file. A fault is reported with its line and column.
 """
 
 import json
@@ -16,7 +16,7 @@ from persona.files import scan_json
 from persona.records import RecordFault
 
 _EXPLAINING = 64  # characters
-_MARGIN = 16  # a fault this near to the end of a piece may be only where the piece was cut
+_MARGIN = 16  # characters; a fault so near to the end of a piece may come from the cut
 
 
 class _Window:
@@ -31,7 +31,7 @@ class _Window:
         self._column = 0  # characters of the first line of the piece that were dropped
 
     def more(self) -> None:
-        """Drop what was read, but for a little that explains a fault, and append as much again as stands unread."""
+        """Append as much text as is unread, and drop the text that was read except a little, to explain faults."""
         line = self.line()
         if len(self.text) - self.position > self.limit:
             raise too_long(self.name, line, self.limit)
@@ -51,13 +51,13 @@ class _Window:
         return self._line
 
     def place(self, position: int) -> tuple[int, int]:
-        """Line and column of a place behind the position, both from 1."""
+        """Line and column of a place after the position, both from 1."""
         before = self.text.rfind("\n", 0, position)
         column = position - before if before >= 0 else position + self._column + 1
         return self._line + self.text.count("\n", self._marked, position), column
 
     def mark(self) -> str:
-        """The next character that is no white space, or "" at the end."""
+        """The next character that is not white space, or "" at the end."""
         while True:
             self.position = skip_space(self.text, self.position)
             if self.position < len(self.text) or self.ended:
@@ -65,7 +65,7 @@ class _Window:
             self.more()
 
     def value(self) -> tuple[Any, int, str | None]:
-        """The value at the position and where it ends, read on until it is whole."""
+        """The value at the position and where it ends; reads until the value is whole."""
         while True:
             try:
                 value, end, fault = scan_json(self.text, self.position)
@@ -79,13 +79,13 @@ class _Window:
             self.more()
 
     def all(self) -> None:
-        """Read on to the limit, for what cannot be read piece by piece."""
+        """Read up to the limit, for lenient reading, which needs all of a value."""
         while not self.ended and len(self.text) - self.position < self.limit // 2:
             self.more()
 
 
 class _Values:
-    """The rows of a file of values: of arrays each element, of wrappers each element of each list."""
+    """The rows of a file: each value, each element of an array, each element of the lists in a wrapper."""
 
     def __init__(self, stream: TextIO, name: str, limit: int, lenient: bool, repairs: Counter[str]) -> None:
         self.window = _Window(stream, name, limit)
@@ -107,7 +107,7 @@ class _Values:
             first = False
 
     def _next(self) -> str:
-        """The next character that counts; under --lenient comments and placeholders do not."""
+        """The next character of a value; --lenient skips comments and placeholders."""
         mark = self.window.mark()
         while self.lenient and mark and mark in "/#.…":
             self.window.all()
@@ -119,7 +119,7 @@ class _Values:
         return mark
 
     def _elements(self, path: str, split: str | None) -> Iterator[Row]:
-        """The elements of an array whose bracket was read."""
+        """The elements of an array after its opening bracket."""
         index, comma = 0, True
         while True:
             mark = self._next()
@@ -141,7 +141,7 @@ class _Values:
             self.window.position += comma
 
     def _members(self) -> Iterator[Row]:
-        """The rows of {"train": [...], "test": [...]}, whose brace was read."""
+        """The rows of {"train": [...], "test": [...]} after its opening brace."""
         while self.window.mark() == '"':
             key, self.window.position, _ = self._strict()
             if self.window.mark() != ":":
@@ -185,12 +185,12 @@ class _Values:
         return Row(value, line, path, text, unsafe(fault), repairs or None, split)
 
     def _tail(self, unreadable: lenient_json.Unreadable, path: str, error: json.JSONDecodeError) -> Row:
-        """What is left of a file that was cut off becomes one rejected row; broken in the middle it stays an error."""
+        """The rejected row for the rest of a file that was cut off; an error for a fault in the middle."""
         window = self.window
         if unreadable.position < len(window.text.rstrip()) and "ends inside" not in unreadable.reason:
             raise self._fault(error)
         line = window.line()
-        fix = "the records before it are kept: copy the file again for the rest"
+        fix = "the records before it are kept; copy the file again for the rest"
         text = window.text[window.position : window.position + HEAD]
         window.position = len(window.text)
         return Row(None, line, path, text, RecordFault("TRUNCATED", "$", "the file ends inside this record", fix))

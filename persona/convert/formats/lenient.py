@@ -1,13 +1,13 @@
-"""JSON as people paste it, read all the same: comments, trailing commas, Python literals, quotes of every kind.
+"""JSON as people paste it, with comments, trailing commas, Python literals and quotes of every kind.
 
-Used under --lenient only, and only where strict JSON has failed; every liberty taken is counted by its name.
+Only --lenient reads it, and only after strict JSON has failed. Every repair is counted by its name.
 """
 
 import re
 from collections import Counter
 from typing import Any
 
-from persona.files import MAX_DEPTH
+from persona.files import MAX_DEPTH, JsonObject
 
 _SKIPPED = re.compile(r"[ \t\r\n\ufeff]+|(?P<comment>//[^\n]*|/\*.*?\*/|#[^\n]*)|(?P<dots>\.{3,}|…+)", re.DOTALL)
 _WORD = re.compile(r"[^\s,:\[\]{}\"'“”‘’]+")
@@ -18,7 +18,7 @@ _LITERALS = {"true": True, "false": False, "null": None, "True": True, "False": 
 
 
 class Unreadable(ValueError):
-    """Where even lenient reading fails."""
+    """The place where even lenient reading fails."""
 
     def __init__(self, reason: str, position: int) -> None:
         super().__init__(reason)
@@ -26,7 +26,7 @@ class Unreadable(ValueError):
 
 
 def skip(text: str, position: int, repairs: Counter[str]) -> int:
-    """The next place that is no white space, comment or placeholder."""
+    """The next place after white space, comments and placeholders."""
     while match := _SKIPPED.match(text, position):
         if match["comment"]:
             repairs["JSON: comment dropped"] += 1
@@ -37,7 +37,7 @@ def skip(text: str, position: int, repairs: Counter[str]) -> int:
 
 
 def read(text: str, position: int, repairs: Counter[str], depth: int = 0) -> tuple[Any, int]:
-    """The value at `position` and where it ends; Unreadable names the place of what cannot be understood."""
+    """The value at `position` and where it ends; Unreadable names the place of a fault."""
     position = skip(text, position, repairs)
     mark = text[position : position + 1]
     if depth > MAX_DEPTH:
@@ -59,33 +59,33 @@ def read(text: str, position: int, repairs: Counter[str], depth: int = 0) -> tup
     raise Unreadable("no value here" if mark else "the file or line ends inside a value", position)
 
 
-def _members(text: str, position: int, repairs: Counter[str], depth: int) -> tuple[dict[str, Any], int]:
-    found: dict[str, Any] = {}
+def _members(text: str, position: int, repairs: Counter[str], depth: int) -> tuple[JsonObject, int]:
+    members: JsonObject = {}
     while True:
-        position, ended = _next_item(text, position, "}", repairs, bool(found))
+        position, ended = _next_item(text, position, "}", repairs, bool(members))
         if ended:
-            return found, position
+            return members, position
         key, position = _key(text, position, repairs)
         position = skip(text, position, repairs)
         if text[position : position + 1] not in (":", "："):
             raise Unreadable("a colon is missing after a key", position)
-        if key in found:
-            raise Unreadable("a key stands twice in one object", position)
-        found[key], position = read(text, position + 1, repairs, depth + 1)
+        if key in members:
+            raise Unreadable("a key is there twice in one object", position)
+        members[key], position = read(text, position + 1, repairs, depth + 1)
 
 
 def _items(text: str, position: int, repairs: Counter[str], depth: int) -> tuple[list[Any], int]:
-    found: list[Any] = []
+    items: list[Any] = []
     while True:
-        position, ended = _next_item(text, position, "]", repairs, bool(found))
+        position, ended = _next_item(text, position, "]", repairs, bool(items))
         if ended:
-            return found, position
+            return items, position
         value, position = read(text, position, repairs, depth + 1)
-        found.append(value)
+        items.append(value)
 
 
 def _next_item(text: str, position: int, closing: str, repairs: Counter[str], later: bool) -> tuple[int, bool]:
-    """The place of the next item, or the place behind the closing bracket."""
+    """The place of the next item, or after the closing bracket; and whether this is the end."""
     position = skip(text, position, repairs)
     comma = text[position : position + 1] == ","
     if comma:
@@ -137,4 +137,4 @@ def _escape(text: str, position: int) -> tuple[str, int]:
         return chr(code), end
     if mark in _ESCAPES and mark:
         return _ESCAPES[mark], position + 1
-    raise Unreadable("a backslash that begins nothing", position)
+    raise Unreadable("a backslash without an escape", position)
