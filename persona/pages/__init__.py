@@ -55,9 +55,3 @@ def embedded(name: str, value: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(f'<script type="application/json" id="{name}">{text}</script>')
-
-
-def document(title: str, body: str) -> str:
-    """A whole page whose `body` is HTML already."""
-    text = '{% extends "frame.html" %}{% set styles, script = [], "" %}{% block body %}{{ body }}{% endblock %}'
-    return environment().from_string(text).render(title=title, body=Markup(body))
