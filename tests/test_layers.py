@@ -24,7 +24,7 @@ LEVEL = {name: level for level, name in enumerate(ROOMS)}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "matplotlib", "tensorboard", "huggingface_hub"}
 LIGHT = (
     *("errors", "config", "console", "files", "records", "pages", "convert"),
-    *("model.adapters", "model.dataset", "model.folders", "model.render", "model.sources", "model.tokens"),
+    *("model.adapters", "model.dataset", "model.folders", "model.render", "model.sources", "model.token_cache"),
     *("train.history", "train.curves", "train.verdict"),
     *("evaluate.style", "evaluate.intervals", "evaluate.results", "evaluate.subject", "evaluate.predictions"),
 )

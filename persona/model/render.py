@@ -16,7 +16,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from persona.errors import DataError, UsageError
-from persona.model.tokens import Encoder
+from persona.model.token_cache import Encoder
 
 Message = dict[str, str]
 

@@ -31,7 +31,7 @@ from persona.model.loading import (
 )
 from persona.model.render import ChatFormat, chat_format
 from persona.model.sources import resolve_model
-from persona.model.tokens import decode
+from persona.model.token_cache import decode
 from persona.speak.speaker import Speaker
 from persona.train.checkpoints import Progress, latest_checkpoint, load_weights, read_progress
 from persona.train.devices import ALONE, Devices, build_accelerator

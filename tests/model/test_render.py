@@ -21,7 +21,7 @@ from persona.model.render import (
     render,
     reply_ids,
 )
-from persona.model.tokens import decode
+from persona.model.token_cache import decode
 from persona.speak.speaker import Speaker
 
 SYSTEM = "You are Tamsin, keeper of the lighthouse."

@@ -11,8 +11,8 @@ from persona.console import excerpt
 from persona.convert.draft import Draft
 from persona.convert.formats.articles import ARTICLES
 from persona.convert.formats.characters import CARD, LINES
-from persona.convert.formats.chat_exports import DISCORD, TAVERN, TELEGRAM, UTTERANCES, WECHAT
-from persona.convert.formats.chats import QQ, WHATSAPP
+from persona.convert.formats.chat_rows import DISCORD, TAVERN, TELEGRAM, UTTERANCES, WECHAT
+from persona.convert.formats.chat_texts import QQ, WHATSAPP
 from persona.convert.formats.conversations import ALPACA, CHATGPT, MESSAGES, PAIRS, SHAREGPT
 from persona.convert.formats.dialogue import DIALOGUE
 from persona.convert.formats.format import FileFormat, Format, Row, RowFormat, Text, TextFormat

@@ -1,6 +1,6 @@
 """Chats: messages with a sender and a time, cut into conversations at pauses; and the plain text of QQ and WhatsApp.
 
-QQ writes the sender on a line above the words, WhatsApp both on one line. For JSON and tables see `chat_exports`.
+QQ writes the sender on a line above the words, WhatsApp both on one line. For JSON and tables see `chat_rows`.
 """
 
 import re

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from persona.convert.formats.chats import BOT, MEDIA, NO_TEXT, SYSTEM_LINE, ChatMessage, seconds, to_script
+from persona.convert.formats.chat_texts import BOT, MEDIA, NO_TEXT, SYSTEM_LINE, ChatMessage, seconds, to_script
 from persona.convert.formats.dialogue import strip_quotes
 from persona.convert.formats.format import FileFormat, Row
 from persona.convert.formats.scenes import NARRATOR, Script, Speech

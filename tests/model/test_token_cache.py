@@ -12,7 +12,7 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from persona.model.dataset import render_records
 from persona.model.render import Untrainable, chat_format, fit, prompt_ids, render
-from persona.model.tokens import Encoder, cut_tokens
+from persona.model.token_cache import Encoder, cut_tokens
 from persona.records import Record
 
 CONTROL = sorted({text for made in FAMILIES.values() for text in [*made["special"], *made.get("added", ())]})
