@@ -32,45 +32,60 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+RUN = "training.output_dir of the settings"
+
+
 def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb == "ab-score":
-        parser.add_argument("answers", nargs="+", type=Path, metavar="ANSWERS", help="files of the readers, one each")
-        parser.add_argument("key", type=Path, metavar="KEY", help="the ab_key.json that ab-make wrote with the sheet")
+        parser.add_argument(
+            "answers",
+            nargs="+",
+            type=Path,
+            metavar="ANSWERS",
+            help="answers that readers saved from the sheet, one file each",
+        )
+        parser.add_argument(
+            "key", type=Path, metavar="KEY", help="ab_key.json that ab-make wrote with the sheet, given last"
+        )
         return
-    target = "run, adapter, checkpoint or merged model" + ("" if verb in ("score", "ab-make") else ", or file of texts")
+    target = "folder of a run, adapter, checkpoint or merged model"
+    if verb not in ("score", "ab-make"):
+        target += ", or file of replies (predictions.json, or .txt with a reply a line), measured as they are"
     if verb == "ab-make":
         parser.add_argument(
-            "paths", nargs="*", metavar="PATH", help="a run, or two files of predictions (default: the settings' run)"
+            "paths", nargs="*", metavar="PATH", help=f"folder of a run, or two predictions.json files (default: {RUN})"
         )
     elif verb == "score":
-        parser.add_argument(
-            "paths", nargs="*", metavar="PATH", help=f"{target}; several are compared (default: the settings' run)"
-        )
+        parser.add_argument("paths", nargs="*", metavar="PATH", help=f"{target}; several are compared (default: {RUN})")
     else:
-        parser.add_argument("paths", nargs="?", metavar="PATH", help=f"{target} (default: the settings' run)")
-    parser.add_argument("--data", type=Path, metavar="FILE", help="held-out conversations (default: the run's own)")
+        parser.add_argument("paths", nargs="?", metavar="PATH", help=f"{target} (default: {RUN})")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="held-out conversations, e.g. val.jsonl (default: the run's)"
+    )
     if verb in ("score", "report"):
-        control = "conversations that should not get worse: neutral, or another author's; may be repeated"
+        control = "conversations on which the model should not get worse: neutral, or another author's; may be repeated"
         parser.add_argument("--control", action="append", default=[], type=Path, metavar="FILE", help=control)
     if verb in ("predict", "style", "report"):
-        base = "texts of the base model, beside a file of texts"
+        base = "replies of the base model to the same prompts, if PATH is a file of replies"
         parser.add_argument("--base-texts", type=Path, metavar="FILE", help=base)
-        size = "replies generated at a time (default: %(default)s)"
+        size = "replies generated at a time; fewer need less memory (default: %(default)s)"
         parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help=size)
     if verb in ("style", "report", "ab-make"):
-        limit = {"style": "compare style on N conversations", "ab-make": "show N pairs"}
+        limit = {"style": "compare style on N conversations", "ab-make": "show N pairs of replies"}
         text = limit.get(verb, "compare style on N conversations and ask N questions about the lore")
         parser.add_argument("--limit", type=positive, metavar="N", help=f"{text}, drawn at random (default: all)")
     if verb != "score":
-        parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the files (default: the run's)")
-    settings = "settings file (default: the run's own, else config/default.json)"
+        parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the results (default: the run's)")
+    settings = "JSON file of settings (default: the run's own, else config/default.json)"
     parser.add_argument("--config", type=Path, metavar="FILE", help=settings)
-    change = "change one setting, e.g. evaluation.max_tokens_per_pack=2048; may be repeated"
+    change = "change one setting, e.g. generation.temperature=0; may be repeated"
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help=change
     )
     if verb != "ab-make":
-        parser.add_argument("--load-in-4bit", action="store_true", help="hold a merged model in 4 bits instead of 16")
+        parser.add_argument(
+            "--load-in-4bit", action="store_true", help="hold a merged model in 4 bits, to fit a small GPU"
+        )
 
 
 def positive(text: str) -> int:

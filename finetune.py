@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change one setting, e.g. training.learning_rate=1e-4; may be repeated")  # fmt: skip
     parser.add_argument("--resume", choices=["auto", "never"], default="auto",
-                        help="auto: continue an interrupted run in this folder; never: set it aside and start over "
+                        help="auto: continue the run in training.output_dir; never: rename it and start over "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--show", type=int, metavar="N",
                         help="print N training examples as the model reads them, without training")  # fmt: skip

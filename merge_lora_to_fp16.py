@@ -13,34 +13,54 @@ from persona.console import run_script
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", nargs="?", help="folder of a run or of an adapter (default: the configured run)")
-    parser.add_argument("--output", type=Path, help="folder to write (default: merged/NAME, with the run's name)")
-    parser.add_argument("--config", type=Path, help="settings file (default: the run's own, else config/default.json)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one setting")
-    parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare the merged model with base + adapter before publishing"
-    )
+    run = "folder of a run, or of an adapter (default: training.output_dir of the settings)"
+    parser.add_argument("adapter", nargs="?", metavar="PATH", help=run)
+    output = "folder for the merged model (default: merged/NAME, with the run's name)"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=output)
+    settings = "JSON file of settings (default: the run's own, else config/default.json)"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=settings)
+    change = "change one setting, e.g. export.dtype=bfloat16; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change)
+    unchecked = "skip the comparison of the merged model with base + adapter, which is made before the folder appears"
+    parser.add_argument("--no-verify", action="store_true", help=unchecked)
     parser.add_argument(
         "--compare-bases",
         action="store_true",
         help="for an adapter trained in 4 bits: merge into the original weights and into the dequantized 4-bit "
-        "weights, measure the held-out loss of both, and keep the better",
+        "weights, and keep the one with the lower held-out loss; takes twice as long",
     )
     files = parser.add_argument_group("files for other programs (docs/export.md)")
-    alone = "without --output and --gguf nothing is merged"
-    files.add_argument("--gguf", type=Path, metavar="OUT.gguf", help="write the merged model as GGUF, with a Modelfile")
-    outtype = "number format of the --gguf file (default: f16)"
+    alone = "merges nothing unless --output or --gguf is given too"
+    gguf = "write the merged model also as GGUF, with Ollama's Modelfile beside it; needs --llama-cpp"
+    files.add_argument("--gguf", type=Path, metavar="OUT.gguf", help=gguf)
+    outtype = "number format of the --gguf file; q8_0 is half the size (default: f16)"
     files.add_argument("--outtype", default="f16", choices=["f16", "bf16", "q8_0"], help=outtype)
     files.add_argument(
-        "--gguf-adapter", type=Path, metavar="OUT.gguf", help=f"write the adapter without its base as GGUF; {alone}"
+        "--gguf-adapter",
+        type=Path,
+        metavar="OUT.gguf",
+        help=f"write the adapter alone as GGUF; needs --llama-cpp; {alone}",
     )
-    files.add_argument("--llama-cpp", type=Path, metavar="DIR", help="source folder of llama.cpp, for its converter")
+    files.add_argument(
+        "--llama-cpp", type=Path, metavar="DIR", help="folder of llama.cpp's source, whose converter writes GGUF"
+    )
     files.add_argument(
         "--character-card", type=Path, metavar="OUT.json", help=f"write a character card for SillyTavern; {alone}"
     )
     files.add_argument("--character", metavar="NAME", help="character's name on the card (default: the run's name)")
-    files.add_argument("--greeting", default="", metavar="TEXT", help="first message on the card: TEXT, or @FILE")
-    files.add_argument("--examples", type=int, default=0, metavar="N", help="training conversations on the card (0)")
+    files.add_argument(
+        "--greeting",
+        default="",
+        metavar="TEXT|@FILE",
+        help="first message on the card: TEXT, or the text in FILE (default: none)",
+    )
+    files.add_argument(
+        "--examples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of training conversations to put on the card as examples (default: 0)",
+    )
     args = parser.parse_args()
     if args.no_verify and args.compare_bases:
         parser.error("--compare-bases measures both merges; it cannot be combined with --no-verify")

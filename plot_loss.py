@@ -20,16 +20,25 @@ if TYPE_CHECKING:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="run folder, metrics.jsonl or trainer_state.json"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="run folder, metrics.jsonl or trainer_state.json; at least one",
     )
     parser.add_argument(
-        "--json_file", action="append", default=[], type=Path, metavar="PATH", help="another RUN; may be repeated"
+        "--json_file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PATH",
+        help="the same as RUN, as other tools name it; may be repeated",
     )
     parser.add_argument(
         "--save_path",
         type=Path,
         metavar="FILE.png",
-        help="file of the picture (default: loss.png beside the history; several runs: loss_comparison.png here)",
+        help="picture to write (default: loss.png in the run's folder; for several runs loss_comparison.png here)",
     )
     parser.add_argument(
         "--smoothing",

@@ -115,7 +115,7 @@ def test_it_answers_and_shows_no_control_tokens(outputs):
 def test_the_merged_model_is_16_bit_and_changed(outputs, folder, embedded):
     said = output_of(outputs, "python merge_lora_to_fp16.py")
     assert "210 of 272 tensors changed" in said
-    assert re.search(r"Verified, pass: loss .* of 512 positions", said)
+    assert re.search(r"Verified, pass: loss .*, top-1 agreement 100.00 % over 512 tokens", said)
     merged = folder / "merged" / "tamsin"
     name = "model.layers.0.self_attn.q_proj.weight"
     with safe_open(merged / "model.safetensors", "pt") as ours, safe_open(embedded / "model.safetensors", "pt") as base:

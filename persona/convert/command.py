@@ -37,13 +37,15 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("inputs", metavar="INPUT", nargs="*", help="file, or folder that is read with all its folders")
-    made.add_argument("--output", metavar="DIR", type=Path, help="folder for the results")
-    made.add_argument("--preview", metavar="N", type=int, help="show the first N records and write nothing")
-    made.add_argument("--check", action="store_true", help="report on files that are converted already; write nothing")
+    made.add_argument("inputs", metavar="INPUT", nargs="*", help="file, or folder with all its subfolders")
+    made.add_argument(
+        "--output", metavar="DIR", type=Path, help="folder for the results; an earlier conversion in it is replaced"
+    )
+    made.add_argument("--preview", metavar="N", type=int, help="print the first N converted records; write nothing")
+    made.add_argument("--check", action="store_true", help="report on train.jsonl and val.jsonl files; write nothing")
     again = (
-        "repeat the conversion that wrote this report.json, by default into the same folder; other flags change it, "
-        "and --no-NAME turns the switch --NAME off"
+        "repeat the conversion that wrote this report.json, from the same files and into its folder if no others are "
+        "given; other options change it, e.g. --seed 1, or --no-flat after --flat"
     )
     made.add_argument("--from", metavar="REPORT", type=Path, dest="repeated", help=again)
     for section in GROUPS:

@@ -88,53 +88,55 @@ class Speakers(Section):
     """named speakers: dialogues, plays, chats, character lines"""
 
     characters: Annotated[tuple[Name, ...], Flag("NAME", "--character")] = Several
-    """Name of the character, whose lines are learned. Repeat the flag for its other names in the files."""
+    """Name of the character whose lines are learned; may be repeated for its other names. The first is {character}."""
     user_name: Annotated[Name | None, Flag("NAME")] = None
-    """Name that replaces {{user}}. For a WeChat export: your own name."""
+    """Name to put in place of {{user}} in cards and chats. In a WeChat export: the name that you have there."""
     context_turns: int = Field(default=4, ge=1, le=1000)
-    """Most lines that are kept before a reply as its context."""
+    """Most lines of others kept before each reply; earlier ones are not used."""
     max_exchanges: int = Field(default=8, ge=1, le=100_000)
-    """Most exchanges in a record; a longer scene becomes several records."""
+    """Most exchanges (lines of others and the reply to them) in a record; a longer scene becomes several."""
     leading_assistant: Literal["drop", "keep"] = "drop"
-    """Replies that no other line precedes, such as a greeting: dropped, or learned."""
+    """Replies at the beginning of a conversation, such as a greeting: drop them, or keep them behind a placeholder."""
     narration: Literal["drop", "system", "brackets"] = "drop"
-    """Lines of a narrator: dropped, put into the system prompt, or put in brackets before the next line."""
+    """Lines of a narrator: drop them, add them to the system prompt, or put them in brackets before the next line."""
     max_gap: Annotated[float, Flag("MINUTES")] = Field(default=60, ge=0.001, le=1e9)
-    """Pause in a chat after which a new conversation begins, in minutes."""
+    """Pause in a chat after which a new conversation begins."""
     flat: bool = False
-    """Give each reply only the line before it, instead of its scene."""
+    """Make a record of each reply and the one line before it, instead of whole scenes."""
     keep_quotes: bool = False
-    """Keep the quotation marks 「」 or “” around a whole speech."""
+    """Keep the quotation marks around a whole speech, which are removed otherwise."""
     strip_speaker: bool = False
-    """Remove a speaker's name (NAME:) from the beginning of a message."""
+    """Remove a name and colon (NAME:) from the beginning of a message."""
 
 
 class General(Section):
     """reading and splitting"""
 
     system: Annotated[str | None, Flag("TEXT|@FILE")] = None
-    """System prompt of every record that has none: text, or @FILE. {character} becomes the name."""
+    """System prompt of records that have none: TEXT, or the text in FILE. {character} becomes the first --character."""
     val_ratio: Annotated[float | None, Flag("SHARE", default=str(DEFAULT_RATIO))] = Field(default=None, ge=0, lt=1)
-    """Share of the records held out for validation."""
+    """Share of the records held out for validation, from 0 to 1."""
     seed: int = 0
     """Seed for the train/validation split and the shuffle."""
     format: Annotated[str | None, Flag("NAME", default="detected by content")] = None
-    """Format of all inputs."""
+    """Format of all inputs; data/examples/ has an example of each."""
     encoding: Annotated[str | None, Flag("NAME", default="detected")] = None
     """Encoding of all inputs, e.g. gb18030 or big5."""
 
 
 class Lore(Section):
-    """lore: what a character knows, from character files and cards"""
+    """lore: what a character knows, from cards and character files (rows with speaker, text and input)"""
 
     lore_apart: Annotated[bool, Flag(name="--lore")] = False
-    """Write lore into lore.jsonl, instead of mixing it into the training file."""
+    """Write the lore to a file of its own, lore.jsonl, and none of it to train.jsonl."""
     lore_weight: float = Field(default=5.0, ge=1, le=100)
-    """Copies of each lore record in the training file, e.g. 5 or 2.5."""
+    """Copies of each lore record in train.jsonl; with 2.5, half of them are there twice and half three times."""
     background: Annotated[tuple[str, ...], Flag("TITLE")] = Several
-    """Title in a character file whose text is background, besides 角色故事1, 更多描述, 角色详细, 神之眼. Repeatable."""
+    """Title (its `input`) of a row in a character file that is background, besides 角色故事1, 更多描述, 角色详细, 神之眼; may be
+    repeated."""
     drop_lines: Annotated[tuple[str, ...], BeforeValidator(_line_kinds), Flag("KINDS")] = ("notes", "silence", "marks")
-    """Kinds of lines to leave out of character files, with commas between: thoughts, notes, silence, marks; or none."""
+    """Kinds of rows to leave out of a character file: thoughts (in brackets), notes (of the script), silence (dots
+    only), marks (symbols only); with commas between, or none."""
 
 
 class Tables(Section):
@@ -145,53 +147,58 @@ class Tables(Section):
     response_col: Annotated[str | None, Flag("NAME", default="detected")] = None
     """Column that holds the response."""
     context_col: Annotated[str | None, Flag("NAME")] = None
-    """Column that holds a text to put before the prompt."""
+    """Column whose text goes before the prompt."""
     split: Annotated[str | None, Flag("NAME")] = None
-    """Split to read, e.g. train, if the rows name one. Rows of the other splits are left out."""
+    """Read only the rows whose `split` is NAME, e.g. train."""
 
 
 class Repairs(Section):
     """what to mend, drop or refuse"""
 
     lenient: bool = False
-    """Read broken JSON (comments, trailing commas, single quotes) and join turns of one role; list each repair."""
+    """Read broken JSON (comments, trailing commas, single quotes) and join turns as --merge-consecutive does. The
+    report counts each repair."""
     redact: bool = False
-    """Mask phone, identity and card numbers, e-mail addresses and keys."""
+    """Mask phone, identity and bank card numbers, e-mail addresses and API keys."""
     fix_text: bool = False
     """Mend mojibake: UTF-8 that was read in another encoding (Ã©, 鈥)."""
     merge_consecutive: bool = False
-    """Join consecutive turns of one role, instead of refusing the record."""
+    """Join several turns of one role in a row, instead of refusing the record."""
     allow_empty_user: bool = False
-    """Fill in empty user turns, instead of refusing the record."""
+    """Put (The conversation begins.) into empty user turns, instead of refusing the record."""
     tools: Literal["reject", "drop"] = "reject"
-    """Records with tool calls: refused, or kept without these exchanges."""
+    """Records with tool calls: refuse them, or drop only the exchanges with tools."""
     role_map: Annotated[dict[str, str], BeforeValidator(_role_map), Flag("JSON")] = {}
-    """Roles of other speakers in ShareGPT and messages, as JSON, e.g. '{"甄嬛": "assistant"}'."""
+    """Roles (system, user, assistant, tool) of speakers with other names in ShareGPT and messages, e.g. '{"甄嬛":
+    "assistant"}'."""
     max_chars: int = Field(default=100_000, ge=100, le=10**9)
-    """Longest turn in characters."""
+    """Longest turn in characters; see --too-long."""
     too_long: Literal["reject", "truncate", "split"] = "reject"
-    """Records with a turn longer than --max-chars: refused, cut before that turn, or split around it."""
+    """Records with a turn longer than --max-chars: refuse them, end them before that turn, or make two of them without
+    it."""
     min_chars: int = Field(default=0, ge=0, le=10**6)
     """Shortest reply in characters. A shorter one is left out of a dialogue; elsewhere its record is refused."""
     keep_dups: bool = False
-    """Keep exact duplicates."""
+    """Keep records that are exactly alike, of which one is kept otherwise."""
     max_reject: Annotated[float, Flag("SHARE")] = Field(default=0.05, ge=0, le=1)
-    """Share of rejected records above which the command fails, with exit code 3; good records are still written."""
+    """Share of rejected records above which the command fails (exit code 3); the good records are written all the
+    same."""
     max_record: float = Field(default=32, ge=0.001, le=1000)
-    """Longest record of a file in millions of characters."""
+    """Longest record that is read, in millions of characters; a file with a longer one is refused."""
 
 
 class Articles(Section):
     """articles"""
 
     templates: Annotated[dict[str, float], BeforeValidator(_templates), Flag("LIST")] = dict.fromkeys(TEMPLATES, 1.0)
-    """Prompt templates, each with the share of the chunks that get it."""
+    """Tasks made of an article: continue its text, expand on a subject, rewrite plain text. Each with the share of the
+    chunks, 0 to 1; a task that is not named is off."""
     author_prompt: Annotated[str, Flag("TEXT")] = "你是该公众号作者，保持其叙述节奏与转折。"
-    """System prompt of records from articles."""
+    """System prompt of records from articles, if there is no --system."""
     chunk_tokens: Annotated[tuple[int, int], BeforeValidator(_range), Flag("N-M", default="300-800")] = (300, 800)
-    """Shortest and longest chunk in tokens."""
+    """Shortest and longest piece of an article in tokens."""
     tokenizer: Annotated[str | None, Flag("MODEL", default="the model of config/default.json")] = None
-    """Model whose tokens are counted."""
+    """Model (name or folder) that counts the tokens."""
 
 
 class Options(Speakers, General, Lore, Tables, Repairs, Articles):
