@@ -132,8 +132,8 @@ class Lore(Section):
     lore_weight: float = Field(default=5.0, ge=1, le=100)
     """Copies of each lore record in train.jsonl; with 2.5, half of them are there twice and half three times."""
     background: Annotated[tuple[str, ...], Flag("TITLE")] = Several
-    """Title (its `input`) of a row in a character file that is background, besides 角色故事1, 更多描述, 角色详细, 神之眼; may be
-    repeated."""
+    """Title (its `input`) of a row in a character file that is background, besides 角色故事1, 更多描述, 角色详细
+    and 神之眼; may be repeated."""
     drop_lines: Annotated[tuple[str, ...], BeforeValidator(_line_kinds), Flag("KINDS")] = ("notes", "silence", "marks")
     """Kinds of rows to leave out of a character file: thoughts (in brackets), notes (of the script), silence (dots
     only), marks (symbols only); with commas between, or none."""
