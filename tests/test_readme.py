@@ -123,3 +123,12 @@ def test_every_requirement_is_pinned_and_says_why():
     pins = [line for line in lines if line and not line.startswith(("#", "-r "))]
     assert len(pins) >= 20
     assert [line for line in pins if not re.fullmatch(r"[\w-]+==[\w.]+ +# \S.*", line)] == []
+
+
+def test_every_stop_of_the_tour_is_in_the_code():
+    text = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    stops = re.findall(r"`(persona/[\w/]+\.py)(?:: (\w+))?`", text)
+    assert len(stops) >= 30
+    for file, name in stops:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(?:def|class) {name}\b", code, re.MULTILINE), f"{file}: {name}"
