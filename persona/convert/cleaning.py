@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from persona.convert.draft import Draft, Message
 from persona.convert.options import Options
-from persona.records import CHARACTER_MACRO, SURROGATE, USER_MACRO, RecordFault, control_token
+from persona.records import CHARACTER_MACRO, SURROGATE, USER_MACRO, RecordFault, control_token, surrogate_fault
 
 _CONTROL_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _CONTROL_SEQUENCE = re.compile("\x1b\\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # colours whole
@@ -45,8 +45,7 @@ def fill(draft: Draft, texts: Iterable[tuple[str, str]], path: str = "$") -> Dra
 
 def _clean(text: str, path: str, repairs: Counter[str]) -> str:
     if not text.isascii() and SURROGATE.search(text):
-        reason, fix = "half of a character (a lone surrogate)", "export the text again as UTF-8"
-        raise RecordFault("SURROGATE", path, reason, fix)
+        raise surrogate_fault(path)
     if token := control_token(text):
         fix = "delete it or write it differently: the model would read it as a command of its chat template"
         if _TEMPLATED.search(text):
@@ -97,8 +96,6 @@ def replies_of(folded: str) -> list[str]:
     parts = folded.split("\0")  # roles and texts in turn, so that every fourth part is a reply
     return parts[5 if parts[0] == "system" else 3 :: 4]
 
-
-# --- personal data: counted for the report, masked under --redact -----------------------------------------------------
 
 _EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}")
 _DIGITS = re.compile(r"(?<![\dA-Za-z.])\+?\(?\d(?:[ -]?[\d()]){6,24}[Xx]?(?![\dA-Za-z])")
@@ -159,9 +156,6 @@ def _is_identity(digits: str) -> bool:
 def _luhn(digits: str) -> bool:
     doubled = [int(digit) * 2 for digit in digits[-2::-2]]
     return (sum(int(digit) for digit in digits[-1::-2]) + sum(n - 9 if n > 9 else n for n in doubled)) % 10 == 0
-
-
-# --- options: texts mended, masked, filled in, cut or refused -------------------------------------------------------
 
 
 def refine(draft: Draft, options: Options) -> list[Draft]:

@@ -1,6 +1,5 @@
 """A conversation on its way from a format to a record, or why it is rejected."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -42,10 +41,6 @@ class Rejection:
     reason: str
     fix: str
     excerpt: str
-
-    def to_json(self) -> str:
-        """The rejection as one line of JSON."""
-        return json.dumps(vars(self), ensure_ascii=False)
 
 
 def reject(file: str, draft: Draft, fault: RecordFault) -> Rejection:

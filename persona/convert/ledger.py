@@ -27,7 +27,7 @@ _SHOWN = 3  # rejections kept of each code for the terminal
 
 @dataclass
 class Counts:
-    """What became of everything that was read, from one file or from all: conversations, speeches, repairs."""
+    """Counts of everything that was read, from one file or from all: conversations, speeches, repairs."""
 
     read: int = 0
     written: int = 0
@@ -108,10 +108,10 @@ class Ledger:
             draft.plain = False
         meta = draft.meta
         if not {"source", "group", "type"} <= meta.keys():
-            made = {"source": source.name, "group": f"{source.label}#{draft.group or number}", "type": "dialogue"}
+            own = {"source": source.name, "group": f"{source.label}#{draft.group or number}", "type": "dialogue"}
             if self.options.characters:
-                made["character"] = self.options.characters[0]
-            meta = made | meta
+                own["character"] = self.options.characters[0]
+            meta = own | meta
         return Record(tuple(messages) if draft.plain else check_messages(messages), meta)
 
     def _reject(self, draft: Draft, source: Source, fault: RecordFault, counts: Counts) -> None:
@@ -121,7 +121,7 @@ class Ledger:
         if fault.code == "UNKNOWN_ROLE":
             counts.unknown_roles[fault.reason.removeprefix("found the role ")] += 1
         counts.not_used["in a rejected conversation"] += draft.learned + draft.context
-        self.staged.write_line(REJECTED, rejection.to_json().encode("utf-8"))
+        self.staged.write_line(REJECTED, json.dumps(vars(rejection), ensure_ascii=False).encode("utf-8"))
         if len(self.shown[fault.code]) < _SHOWN:
             self.shown[fault.code].append(rejection)
 

@@ -1,6 +1,6 @@
 """The records on their way to the disk: sorted by rank in parts that fit into memory, then written aside and renamed.
 
-What stands in the output folder is the old conversion or the whole new one.
+The output folder holds the old conversion or the whole new one.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from persona.errors import EnvironmentFault
 
-_RANKS = 4  # of 256 that share a part: 64 files, a number that every system allows to be open
+_RANKS = 4  # values of a first byte that share a part: 64 files, a number that every system allows to be open
 _BUFFERED = 1 << 16
 
 
@@ -69,22 +69,21 @@ class Staged:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, BinaryIO] = {}
-        self._made: list[Path] = []
+        self._new: list[Path] = []  # folders
         self._stack = ExitStack()
 
     def __enter__(self) -> "Staged":
-        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self._new = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         with explain_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._made = missing
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
         for name in self._files:
-            with suppress(OSError):  # gone after publishing; where nothing can be written, nothing can be removed
+            with suppress(OSError):  # gone after publishing; on a full disk it may stay
                 self._path(name).unlink()
-        for folder in self._made:
+        for folder in self._new:
             with suppress(OSError):  # a folder that holds something stays
                 folder.rmdir()
 
@@ -100,8 +99,7 @@ class Staged:
 
     def write_line(self, name: str, line: bytes) -> None:
         """Append a line to the file that will be called `name`."""
-        file = self._files.get(name) or self.open(name)
-        file.writelines((line, b"\n"))
+        self.open(name).writelines((line, b"\n"))
 
     def publish(self, order: tuple[str, ...], stale: tuple[str, ...]) -> list[str]:
         """Flush all files to the disk and name them in `order`; remove those of `stale` that were not written."""

@@ -33,8 +33,8 @@ class Seen:
     def _put(self, value: int) -> bool:
         slots, mask = self._slots, len(self._slots) - 1
         place = value & mask
-        while found := slots[place]:
-            if found == value:
+        while other := slots[place]:
+            if other == value:
                 return False
             place = (place + 1) & mask
         slots[place] = value
@@ -87,8 +87,6 @@ class Split:
         Components are taken in the order of their ranks, each if it brings the held-out part nearer to `ratio`; at
         least one is taken and one is left, when there are two.
         """
-        if not 0 <= ratio < 1:
-            raise ValueError(f"ratio must be at least 0 and less than 1, not {ratio}")
         self._join()
         parents, ranks = self._parents, self._ranks
         held = bytearray(len(parents))

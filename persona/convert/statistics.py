@@ -5,7 +5,7 @@ They are measured on records in random order, so that the first few thousand rep
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from persona.console import excerpt
@@ -20,7 +20,6 @@ _HTML = re.compile(r"</(?:div|span|p|td)>")
 _HIDDEN = re.compile("[\u200b\u200c\u2060\u202a-\u202e\u2066-\u2069]")
 _MEDIA = re.compile(r"\[(?:图片|语音|视频|表情|文件)\]|<Media omitted>|撤回了一条消息|https?://\S+")
 _BOUNDS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-SHORT = 2  # characters; a reply of one or two teaches little
 
 
 def _text(record: Record) -> str:
@@ -58,7 +57,7 @@ TRAITS: dict[str, tuple[Callable[[Record], object], str]] = {
     ),
     "invisible characters": (lambda record: _HIDDEN.search(_text(record)), ""),
     "very short replies": (
-        lambda record: any(len(reply) <= SHORT for reply in record.replies),
+        lambda record: any(len(reply) <= 2 for reply in record.replies),
         "They teach little: --min-chars N leaves them out.",
     ),
     "replies that copy the prompt": (_copies_prompt, "They teach the model to repeat the question: delete them."),
@@ -78,10 +77,7 @@ TRAITS: dict[str, tuple[Callable[[Record], object], str]] = {
         lambda record: _is_code(_text(record)),
         "Delete it, unless the character speaks like this.",
     ),
-    "one character over and over": (
-        lambda record: _has_run(_text(record)),
-        "The model would learn it: shorten it.",
-    ),
+    "one character over and over": (lambda record: _has_run(_text(record)), "The model would learn it: shorten it."),
     "media or links instead of words": (
         lambda record: any(map(_MEDIA.fullmatch, record.replies)),
         "They are not speech: delete them.",
@@ -132,6 +128,7 @@ def measure(sample: Sequence[Record], total: int, tokenizer: Tokenizer | None) -
     prompts = Counter(record.prompts[0] for record in sample)
     personal = sum((personal_data(_text(record)) for record in sample), Counter[str]())
     placeholders = Counter(name for record in sample for name in set(MACRO.findall(_text(record))))
+    extras = [record.meta.get("extra") for record in sample]
     traits = {trait: sum(bool(has(record)) for record in sample) for trait, (has, _) in TRAITS.items()}
     return Statistics(
         measured=len(sample),
@@ -145,8 +142,8 @@ def measure(sample: Sequence[Record], total: int, tokenizer: Tokenizer | None) -
         languages=dict(Counter(language(" ".join(record.replies)) for record in sample).most_common()),
         same_prompts=[(excerpt(prompt, 60), count) for prompt, count in prompts.most_common(5) if count > 1],
         prompts_with_several_answers=sum(count > 1 for count in prompts.values()),
-        near_duplicates=_near_duplicates(sample),
-        repeated_ids=_repeated_ids(sample),
+        near_duplicates=_repetitions(filter(None, map(_bare, sample))),
+        repeated_ids=_repetitions(str(extra["id"]) for extra in extras if isinstance(extra, dict) and "id" in extra),
         traits={trait: count for trait, count in traits.items() if count},
         placeholders=dict(placeholders.most_common(5)),
         personal_data=dict(personal.most_common()),
@@ -155,11 +152,9 @@ def measure(sample: Sequence[Record], total: int, tokenizer: Tokenizer | None) -
 
 
 def _tokens(text: str, tokenize: Tokenize | None) -> int:
-    return len(tokenize(text)) if tokenize else estimate(text)
-
-
-def estimate(text: str) -> int:
-    """Roughly how many tokens a text has: 4 characters each, of Chinese 4 in 3."""
+    """The number of tokens; without a tokenizer a rough one: 4 characters each, of Chinese 4 in 3."""
+    if tokenize:
+        return len(tokenize(text))
     chinese = len(CHARACTER.findall(text))
     return round(chinese * 0.75 + (len(text) - chinese) / 4 + 0.5)
 
@@ -178,28 +173,23 @@ def _distribution(values: list[int]) -> Distribution | None:
     )
 
 
-def _near_duplicates(sample: Sequence[Record]) -> int:
-    """How many records differ from another one in case, punctuation or spaces only."""
-    keys = Counter(re.sub(r"[\W_]+", "", fold(_text(record)).casefold()) for record in sample)
-    return sum(count - 1 for key, count in keys.items() if key)
+def _bare(record: Record) -> str:
+    """The same for records that differ in case, punctuation or spaces only."""
+    return re.sub(r"[\W_]+", "", fold(_text(record)).casefold())
 
 
-def _repeated_ids(sample: Sequence[Record]) -> int:
-    extras = [record.meta.get("extra") for record in sample]
-    ids = Counter(str(extra["id"]) for extra in extras if isinstance(extra, dict) and "id" in extra)
-    return sum(count - 1 for count in ids.values())
+def _repetitions(values: Iterable[str]) -> int:
+    return sum(count - 1 for count in Counter(values).values())
 
-
-# --- advice -----------------------------------------------------------------------------------------------------------
 
 FEW_RECORDS = 20
 SAME_PROMPT_SHARE = 0.3
-SAME_PROMPT_RECORDS = 10  # of fewer records a share says nothing
+SAME_PROMPT_RECORDS = 10  # a share of fewer records says nothing
 LONG = 2048  # tokens; the default of data.max_length
 
 
 def advice(sample: Sequence[Record], statistics: Statistics) -> list[str]:
-    """What in these records will hurt training, and what to do about it."""
+    """Advice about everything in these records that will hurt training."""
     lines = []
     if 0 < statistics.of < FEW_RECORDS:
         lines.append(f"Only {statistics.of} records: the model will hardly change, or learn them by heart. Add more.")

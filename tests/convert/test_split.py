@@ -5,8 +5,10 @@ import random
 import pytest
 
 from persona.convert.cleaning import fold, fold_conversation, replies_of
+from persona.convert.command import choose
 from persona.convert.output import Shuffle
 from persona.convert.split import Seen, Split, fingerprint, once_more
+from persona.errors import UsageError
 from persona.records import rank
 
 
@@ -44,10 +46,10 @@ def test_number_held_out(tmp_path, ratio, groups, expected):
     assert sum(divide(tmp_path, range(groups), ratio)) == expected
 
 
-def test_bad_ratios(tmp_path):
+def test_bad_ratios():
     for ratio in (-0.1, 1, float("nan")):
-        with pytest.raises(ValueError, match="ratio"):
-            divide(tmp_path, [1], ratio)
+        with pytest.raises(UsageError, match="ratio"):
+            choose({"val_ratio": ratio})
 
 
 def test_records_with_a_reply_in_common_are_on_one_side(tmp_path):

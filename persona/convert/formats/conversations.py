@@ -54,8 +54,7 @@ def _sharegpt(row: JsonObject, options: Options) -> Draft:
     if messages is None:
         turns = [_turn(turn, None, f"{path}[{index}]", repairs, options) for index, turn in enumerate(listed)]
         messages = to_messages(turns, system, path, repairs, options)
-    _drop_tools(row, repairs)
-    return Draft(messages, repairs, extras(row, _SHAREGPT, repairs), plain=plain)
+    return Draft(messages, repairs, _extras(row, _SHAREGPT, repairs), plain=plain)
 
 
 def _turn_list(value: object, path: str, repairs: Counter[str]) -> list[object]:
@@ -110,9 +109,10 @@ def _keys(turn: JsonObject, path: str, repairs: Counter[str]) -> tuple[str, str]
     return role_key, text_key
 
 
-def _drop_tools(row: JsonObject, repairs: Counter[str]) -> None:
+def _extras(row: JsonObject, known: frozenset[str], repairs: Counter[str]) -> JsonObject:
     if row.get("tools") not in (None, "", "[]", []):
         repairs["list of tools that nobody calls dropped"] += 1
+    return extras(row, known, repairs)
 
 
 def _is_messages(row: JsonObject, _options: Options) -> str | None:
@@ -136,8 +136,7 @@ def _messages(row: JsonObject, options: Options) -> Draft:
     if messages is None:
         turns = [_turn(turn, keys, f"$.messages[{index}]", repairs, options) for index, turn in enumerate(listed)]
         messages = to_messages(turns, "", "$.messages", repairs, options)
-    _drop_tools(row, repairs)
-    kept = {**(meta or {}), **extras(row, _MESSAGES, repairs)}
+    kept = {**(meta or {}), **_extras(row, _MESSAGES, repairs)}
     return Draft(messages, repairs, kept, plain=plain, fresh=meta is None)
 
 

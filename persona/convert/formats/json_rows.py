@@ -40,10 +40,7 @@ def explain(error: json.JSONDecodeError) -> tuple[str, str]:
     if error.msg.startswith("Invalid \\"):
         return "a backslash without an escape", r"write \\ for a backslash"
     if not rest or error.msg.startswith("Unterminated"):
-        return (
-            "the file or line ends inside a value",
-            "it was cut off, or a closing quote is missing: copy it again",
-        )
+        return "the file or line ends inside a value", "it was cut off, or a closing quote is missing: copy it again"
     if rest[0] in "]}" and before.endswith(","):
         return "a comma before a closing bracket", "delete the last comma"
     for pattern, reason, fix in _SYMPTOMS:

@@ -1,14 +1,16 @@
 """Tables (CSV, TSV) read row by row, and the questions with answers that they mostly hold, in JSON too."""
 
 import csv
-import re
 from collections import Counter
 from collections.abc import Iterator
+from io import StringIO
+from itertools import islice
 from typing import TextIO
 
 from persona.convert.draft import Draft, extras
 from persona.convert.formats.format import Row, RowFormat
-from persona.convert.formats.turns import Turn, content_of, history_turns, to_messages
+from persona.convert.formats.json_rows import HEAD
+from persona.convert.formats.turns import Turn, content_of, history_turns, optional_text, to_messages
 from persona.convert.options import Options
 from persona.errors import DataError
 from persona.files import JsonObject
@@ -19,7 +21,6 @@ RESPONSES = ("answer", "response", "target", "output", "completion", "reply", "�
 CONTEXTS = ("context", "background", "上下文", "背景")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", "，": "full-width commas"}
 _LOOKED_AT = 20  # lines
-_HEAD = 300  # characters of a row kept for the excerpt of a rejection
 
 
 def columns_of(keys: list[str], options: Options) -> tuple[str, str, str | None] | None:
@@ -55,7 +56,7 @@ def _read(row: JsonObject, options: Options) -> Draft:
     parts.append(_cell(row[prompt], f"$.{prompt}", repairs))
     turns.append(Turn("user", "\n".join(part for part in parts if part), f"$.{prompt}"))
     turns.append(Turn("assistant", _cell(row[response], f"$.{response}", repairs), f"$.{response}"))
-    system = _cell(row.get("system"), "$.system", repairs)
+    system = optional_text(row, "system", repairs)
     known = frozenset(name for name in (prompt, response, context, "system", "history", "split") if name)
     return Draft(to_messages(turns, system, "$", repairs, options), repairs, extras(row, known, repairs))
 
@@ -63,8 +64,7 @@ def _read(row: JsonObject, options: Options) -> Draft:
 def _cell(value: object, path: str, repairs: Counter[str]) -> str:
     """The text of a cell; "" for an empty one."""
     if value is None or value == "":
-        if path != "$.system":
-            repairs["empty cells"] += 1
+        repairs["empty cells"] += 1
         return ""
     return content_of(value, path, repairs)
 
@@ -74,10 +74,9 @@ def separator_of(head: str) -> str | None:
     best, most = None, 1
     for mark in SEPARATORS:
         try:
-            lines = [row for _, row in zip(range(_LOOKED_AT), csv.reader(_lines(head), delimiter=mark), strict=False)]
+            lines = list(filter(None, islice(csv.reader(StringIO(head), delimiter=mark), _LOOKED_AT)))
         except csv.Error:
             continue
-        lines = [row for row in lines if row]
         if len(head) > 100_000 and len(lines) < _LOOKED_AT:
             lines = lines[:-1]  # the head may end inside this line
         width = len(lines[0]) if lines else 0
@@ -87,14 +86,10 @@ def separator_of(head: str) -> str | None:
     return best
 
 
-def _lines(head: str) -> list[str]:
-    return re.split(r"(?<=\n)", head)
-
-
 def header_of(head: str, separator: str) -> list[str]:
     """The names in the first line."""
     try:
-        cells = next(csv.reader(_lines(head), delimiter=separator), [])
+        cells = next(csv.reader(StringIO(head), delimiter=separator), [])
     except csv.Error:
         return []
     return [cell.strip().removeprefix("\ufeff") for cell in cells]
@@ -125,7 +120,7 @@ def _row(header: list[str], cells: list[str], line: int, separator: str) -> Row:
         reason = f"found {len(cells)} cells, but {len(header)} columns in the header"
         fault = RecordFault("CELLS", "$", reason, "put texts that hold the separator or line breaks into quotes")
     value = dict(zip(header, [*cells, *[""] * (len(header) - len(cells))], strict=False))
-    return Row(value, line, "$", separator.join(cells)[:_HEAD], fault)
+    return Row(value, line, "$", separator.join(cells)[:HEAD], fault)
 
 
 TABLE = RowFormat("table", _recognise, _read, header=lambda row, options: columns_of(list(row), options))

@@ -177,13 +177,12 @@ def _system_of(turns: list[Turn], system: str, repairs: Counter[str], options: O
     systems = [turn for turn in turns if turn.role == "system"]
     spoken = [turn for turn in turns if turn.role != "system"]
     texts = list(dict.fromkeys(text for text in (system, *(turn.content for turn in systems)) if text))
-    if len(systems) > 1 or turns[0].role != "system" or len(texts) > 1:
+    late = systems[-1] is not turns[0]
+    if late or len(texts) > 1:
         if not options.lenient:
-            odd = systems[-1] if len(systems) > 1 or turns[0].role != "system" else systems[0]
-            late = odd is not turns[0]
             reason = "found a system turn after the first turn" if late else "found two different system prompts"
             fix = "write one system turn at the beginning; --lenient joins them there"
-            raise RecordFault("SYSTEM", odd.path, reason, fix)
+            raise RecordFault("SYSTEM", systems[-1].path, reason, fix)
         repairs["system turns joined at the beginning"] += 1
     return "\n".join(texts), spoken
 
