@@ -27,34 +27,31 @@ _NUMBERS = {int: "a whole number", float: "a number"}
 _BOUNDS = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-
 def parser(description: str) -> argparse.ArgumentParser:
     """The parser of all flags; the values of options are texts, which `choose` checks."""
-    made = argparse.ArgumentParser(
+    flags = argparse.ArgumentParser(
         usage="%(prog)s INPUT [INPUT ...] --output DIR [option ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("inputs", metavar="INPUT", nargs="*", help="file, or folder with all its subfolders")
-    made.add_argument(
+    flags.add_argument("inputs", metavar="INPUT", nargs="*", help="file, or folder with all its subfolders")
+    flags.add_argument(
         "--output", metavar="DIR", type=Path, help="folder for the results; an earlier conversion in it is replaced"
     )
-    made.add_argument("--preview", metavar="N", type=int, help="print the first N converted records; write nothing")
-    made.add_argument("--check", action="store_true", help="report on train.jsonl and val.jsonl files; write nothing")
+    flags.add_argument("--preview", metavar="N", type=int, help="print the first N converted records; write nothing")
+    flags.add_argument("--check", action="store_true", help="report on train.jsonl and val.jsonl files; write nothing")
     again = (
         "repeat the conversion that wrote this report.json, from the same files and into its folder if no others are "
         "given; other options change it, e.g. --seed 1, or --no-flat after --flat"
     )
-    made.add_argument("--from", metavar="REPORT", type=Path, dest="repeated", help=again)
+    flags.add_argument("--from", metavar="REPORT", type=Path, dest="repeated", help=again)
     for section in GROUPS:
-        group = made.add_argument_group(section.__doc__)
+        group = flags.add_argument_group(section.__doc__)
         for name in section.__annotations__:
             _add(group, name, Options.model_fields[name])
     for old, new in RENAMED.items():
-        made.add_argument(old, nargs="?", action=_Renamed, const=new, help=argparse.SUPPRESS)
-    return made
+        flags.add_argument(old, nargs="?", action=_Renamed, const=new, help=argparse.SUPPRESS)
+    return flags
 
 
 class _Renamed(argparse.Action):
@@ -106,9 +103,6 @@ def _default(field: FieldInfo) -> str:
     return ",".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- choices ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Command:
     """A command line: what to convert, how, and what to do with the result."""
@@ -158,7 +152,7 @@ def _saved(path: Path) -> tuple[list[str], JsonObject]:
 
 
 def choose(values: Mapping[str, Any]) -> Options:
-    """The options with these values, the system prompt read and filled in; a UsageError names each wrong flag."""
+    """The options with these values, the text of --system @FILE read; a UsageError names each wrong flag."""
     try:
         options = Options.model_validate(dict(values))
     except ValidationError as error:
@@ -173,7 +167,7 @@ def _explain(detail: ErrorDetails) -> str:
     if name not in Options.model_fields:
         return f"{name} is not an option of convert_dataset.py. Delete it from the file that --from names."
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    error = detail.get("ctx", {}).get("error")  # of a check of ours
+    error = detail.get("ctx", {}).get("error")  # raised by a validator in `options`
     wanted = str(error) if error else _wanted(Options.model_fields[name])
     return f"{_flag(name)} {excerpt(text, 60) or repr(text)}: give {wanted}."
 
@@ -192,18 +186,18 @@ def _wanted(field: FieldInfo) -> str:
 
 
 def _system_prompt(options: Options) -> str:
+    """The text of --system, or that of its @FILE; {character} stays, for a repetition with another name."""
     text = options.system or ""
     if text.startswith("@"):
         path = Path(text[1:]).expanduser()
         if not path.is_file():
             raise UsageError(f"--system {text}: {path} does not exist. Name a text file, or give the text itself.")
         text = read_text(path, str(path), probe(path, str(path)))
-    if "{character}" in text:
-        if not options.characters:
-            raise UsageError("--system holds {character}: add --character NAME to fill it in.")
-        text = text.replace("{character}", options.characters[0])
+    if "{character}" in text and not options.characters:
+        raise UsageError("--system holds {character}: add --character NAME to fill it in.")
     try:
         text = clean_text(text, "--system", Counter())
+        clean_text(text.replace("{character}", "".join(options.characters[:1])), "--system", Counter())
     except RecordFault as fault:
         raise UsageError(f"--system: {fault.reason}. {fault.fix}.") from None
     if not text:

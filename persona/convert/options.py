@@ -1,4 +1,4 @@
-"""What a person can choose for a conversion: each option says its type, bounds, default, meaning and flag once, here.
+"""The choices of a conversion: each option says its type, bounds, default, meaning and flag once, here.
 
 The command line is generated from it, and report.json holds it, so that a conversion can be repeated.
 """
@@ -153,7 +153,7 @@ class Tables(Section):
 
 
 class Repairs(Section):
-    """what to mend, drop or refuse"""
+    """repairs and limits"""
 
     lenient: bool = False
     """Read broken JSON (comments, trailing commas, single quotes) and join turns as --merge-consecutive does. The
@@ -216,6 +216,12 @@ class Options(Speakers, General, Lore, Tables, Repairs, Articles):
     def limit(self) -> int:
         """The longest record in characters."""
         return int(self.max_record * 1_000_000)
+
+    def filled_in(self) -> "Options":
+        """The options with the character's name in the system prompt, which is saved without it."""
+        if not self.system or not self.characters:
+            return self
+        return self.model_copy(update={"system": self.system.replace("{character}", self.characters[0]).strip()})
 
 
 GROUPS = (Speakers, General, Lore, Tables, Repairs, Articles)  # as --help shows them

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
 
 from persona.console import excerpt, table
 from persona.convert.draft import Rejection
@@ -23,7 +22,7 @@ from persona.convert.ledger import LORE, REJECTED, TRAIN, VALIDATION, Counts, Le
 from persona.convert.options import Options
 from persona.convert.output import Staged, explain_disk
 from persona.convert.reading import Opened, open_source, read_together
-from persona.convert.report import FileReport, Report, readable, warnings_of
+from persona.convert.report import Report, readable, warnings_of
 from persona.convert.statistics import advice, measure
 from persona.errors import DataError, UsageError
 from persona.records import SHOWN_FAULTS, Record
@@ -39,18 +38,15 @@ _SPEAKERS_SHOWN = 20
 _SPEAKERS_SAVED = 50
 
 
-# --- speakers ---------------------------------------------------------------------------------------------------------
-
-
 def _speakers(opened: Sequence[Opened], options: Options) -> tuple[Counter[str], Options]:
     """How often each person speaks; and the options with the character that all files name, if they name none."""
-    files = [file for file in opened if file.speakers]
-    speakers = sum((file.speakers for file in files), Counter[str]())
-    named = {file.character for file in files}
+    files = [file for file in opened if file.contents.speakers]
+    speakers = sum((file.contents.speakers for file in files), Counter[str]())
+    named = {file.contents.character for file in files}
     if not options.characters and len(named) == 1 and None not in named:
         options = options.model_copy(update={"characters": tuple(named)})
     check_characters(speakers, {file.source.name for file in files}, options.characters)
-    return speakers, options
+    return speakers, options.filled_in()
 
 
 def check_characters(speakers: Counter[str], files: Collection[str], characters: Collection[str]) -> None:
@@ -82,12 +78,9 @@ def _flag(name: str) -> str:
     return f'--character "{excerpt(name, 40)}"'
 
 
-# --- conversion -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Conversion:
-    """The report, and what a person is shown beside it."""
+    """The report, with records and rejections to show."""
 
     report: Report
     records: list[Record]  # the first, in the order of the input
@@ -112,21 +105,25 @@ def convert(inputs: Sequence[str], options: Options, output: Path | None, keep: 
         scratch = stack.enter_context(TemporaryDirectory(prefix=".convert-", dir=folder))
         ledger = stack.enter_context(closing(Ledger(chosen, staged, Path(scratch), keep)))
         tallies = read_together(opened, chosen)
-        files: list[FileReport] = []
         for file in opened:
             try:
-                files.append(_read(file, ledger))
+                for number, draft in enumerate(file.drafts(chosen), 1):
+                    ledger.settle(draft, file.source, number, file.counts)
             except DataError as fault:
                 faults.append(str(fault))
         _stop_at(faults)
-        counts = sum((file.counts for file in files), Counts())
+        counts = sum((file.counts for file in opened), Counts())
         counts.check()
         formats = {file.format for file in opened}
         only = formats.pop() if len(formats) == 1 else None
         names = dict(only.names) if isinstance(only, TextFormat) else {}
         lines, sample = ledger.finish(names)
         if options.val_ratio and counts.written and not lines[VALIDATION]:
-            _no_validation(counts.written, options.val_ratio)
+            records = "1 record" if counts.written == 1 else f"{counts.written:,} records"
+            raise DataError(
+                f"--val-ratio {options.val_ratio:g}: {records} in one group, so none can be held out. "
+                "Use --val-ratio 0, or give more. Nothing was written."
+            )
         statistics = measure(sample, counts.written, options.load_tokenizer if options.tokenizer else None)
         report = Report(
             counts=counts,
@@ -134,8 +131,8 @@ def convert(inputs: Sequence[str], options: Options, output: Path | None, keep: 
             val=lines[VALIDATION],
             lore=lines[LORE],
             characters=chosen.characters,
-            system_prompt=options.system or counts.system_prompt,
-            files=files,
+            system_prompt=chosen.system or counts.system_prompt,
+            files=opened,
             skipped=skipped,
             speakers=dict(speakers.most_common(_SPEAKERS_SAVED)),
             names={"train": names.get(TRAIN, TRAIN), "val": names.get(VALIDATION, VALIDATION)},
@@ -143,15 +140,13 @@ def convert(inputs: Sequence[str], options: Options, output: Path | None, keep: 
             warnings=warnings_of(counts, lines[VALIDATION], chosen, folder) + advice(sample, statistics),
             inputs=list(inputs),
             options=options,
+            tallies=tallies,
         )
-        for one, tally in tallies.items():
-            samples = {"total_samples": counts.written, "train_samples": report.train, "val_samples": report.val}
-            share = round(report.train / max(1, report.train + report.val), 4)
-            report.articles = {**tally.to_json(), **samples, "train_ratio": share}
-            staged.write_line(one.statistics, readable(report.articles))
+        for one in tallies:
+            staged.write_line(one.statistics, readable(report.tally(one)))
         staged.write_line(REPORT, readable(report.to_json()))
         staged.write_line(PAGE, report.to_page(sample).encode("utf-8", "backslashreplace"))
-        stale = (report.names["val"],) if counts.written else ()  # of an earlier conversion, beside new training data
+        stale = (report.names["val"],) if counts.written else ()  # an earlier conversion may have left it
         return Conversion(report, ledger.first, ledger.shown, staged.publish(OUTPUTS, stale) if output else [])
 
 
@@ -185,27 +180,3 @@ def _stop_at(faults: list[str]) -> None:
     if faults:
         more = [f"... and {len(faults) - SHOWN_FAULTS} more files"] if len(faults) > SHOWN_FAULTS else []
         raise DataError("\n".join([*faults[:SHOWN_FAULTS], *more, "Nothing was written."]))
-
-
-def _read(file: Opened, ledger: Ledger) -> FileReport:
-    """What became of a file after each of its drafts was settled."""
-    counts, options = Counts(), ledger.options
-    for number, draft in enumerate(file.drafts(options, counts), 1):
-        ledger.settle(draft, file.source, number, counts)
-    notes = list(file.notes)
-    if counts.other_splits:
-        others = ", ".join(f"{name} ({count:,})" for name, count in counts.other_splits.items())
-        notes.append(f"not of --split {options.split}: {others}")
-    if not counts.formats and not options.split and not counts.read:
-        counts.formats[file.name] = 0
-    why = ", ".join(filter(None, (file.why, " and ".join(counts.reasons))))
-    probed = file.probed
-    return FileReport(file.source.name, why, probed.label, probed.size, probed.digest, notes, counts)
-
-
-def _no_validation(written: int, ratio: float) -> NoReturn:
-    records = "1 record" if written == 1 else f"{written:,} records"
-    raise DataError(
-        f"--val-ratio {ratio:g}: {records} in one group, so none can be held out. "
-        "Use --val-ratio 0, or give more. Nothing was written."
-    )

@@ -24,11 +24,11 @@ from persona.convert.formats.recognise import (
     text_format,
     unusable,
 )
-from persona.convert.inputs import Foreign, Probe, Source, open_text, probe, read_head, read_text
+from persona.convert.inputs import Foreign, Probe, Source, chunks, open_text, probe, read_head, read_text
 from persona.convert.ledger import Counts
 from persona.convert.options import Options
-from persona.errors import DataError, EnvironmentFault, UsageError
-from persona.files import file_sha256
+from persona.errors import DataError, UsageError
+from persona.files import JsonObject, file_sha256
 
 _PEEKED = 20  # rows by which the format of a whole file is decided
 _LARGEST_TEXT = 500_000_000  # bytes; plain text is read whole
@@ -44,30 +44,37 @@ class Opened:
     contents: Contents
     format: FileFormat | TextFormat | None = None  # None if each row has its own
     bad: list[Draft] = field(default_factory=list)  # rows that cannot be read
-    repairs: Counter[str] = field(default_factory=Counter)
+    counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
         layout = self.contents.layout
         self.why = layout if layout.startswith(self.why) else ", ".join(part for part in (self.why, layout) if part)
         self.notes = [note for note in (self.probed.notice, *self.contents.notes) if note]
-        self.speakers = self.contents.speakers
-        self.character = self.contents.character
 
     @property
-    def name(self) -> str:
-        """The name of the format."""
-        return self.format.name if self.format else "rows"
+    def reason(self) -> str:
+        """Why the file was read in its format, or its rows in theirs."""
+        return ", ".join(filter(None, (self.why, " and ".join(self.counts.reasons))))
 
-    def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
+    def drafts(self, options: Options) -> Iterator[Draft]:
         """All drafts of the file, counted in `counts`."""
-        return self._counted(options, counts) if self.format else self.contents.drafts(options, counts)
-
-    def _counted(self, options: Options, counts: Counts) -> Iterator[Draft]:
+        counts = self.counts
         yield from self.bad
-        counts.repairs += self.repairs
         for draft in self.contents.drafts(options, counts):
-            counts.formats[self.name] += 1
+            if self.format:
+                counts.formats[self.format.name] += 1
             yield draft
+        if counts.other_splits:
+            others = ", ".join(f"{name} ({count:,})" for name, count in counts.other_splits.items())
+            self.notes.append(f"not of --split {options.split}: {others}")
+        if not counts.formats and not options.split and not counts.read:
+            counts.formats[self.format.name if self.format else "rows"] = 0
+
+    def to_json(self) -> JsonObject:
+        """The file as report.json has it: how it was read, and what became of its content."""
+        probed = self.probed
+        values = {"file": self.source.name, "why": self.reason, "encoding": probed.label, "bytes": probed.size}
+        return values | {"sha256": probed.digest, "notes": self.notes} | self.counts.to_json()
 
 
 def open_source(source: Source, options: Options) -> Opened:
@@ -117,16 +124,11 @@ def read_together(opened: Sequence[Opened], options: Options) -> dict[TextFormat
 
 def _packed(source: Source) -> Opened | None:
     """A file that is not text and holds one row."""
-    packings = [one.packing for one in ROW_FORMATS if one.packing]
-    try:
-        with source.path.open("rb") as file:
-            start = file.read(max(len(packing.signature) for packing in packings))
-    except OSError as error:
-        raise EnvironmentFault(f"{source.path} cannot be read: {error.strerror}. Check its permissions.") from error
-    for packing in packings:
+    start = next(chunks(source.path), b"")
+    for packing in (one.packing for one in ROW_FORMATS if one.packing):
         if start.startswith(packing.signature):
             rows = [packing.unpack(source.path, source.name)]
-            probed = Probe("utf-8", "utf-8", None, source.path.stat().st_size, file_sha256(source.path))
+            probed = Probe(source.path.stat().st_size, file_sha256(source.path))
             return Opened(source, probed, packing.name, Rows(lambda _, rows=rows: iter(rows), None))
     return None
 
@@ -148,7 +150,7 @@ def _json(source: Source, probed: Probe, head: str, options: Options) -> Opened:
             if by_line:
                 yield from json_rows.line_rows(*shared, repairs)
             else:
-                yield from _unwrapped(json_stream.value_rows(*shared, wrapped, repairs), source)
+                yield from _unwrapped(json_stream.Values(*shared, repairs).rows(wrapped), source)
 
     layout = "one JSON object a line" if by_line else "JSON array" if head.lstrip()[:1] == "[" else "JSON objects"
     return _rows(source, probed, layout, rows, options)
@@ -182,12 +184,12 @@ def _rows(
     if one is None:
         forced = BY_NAME[options.format] if options.format else None
         return Opened(source, probed, layout, Rows(rows, forced if isinstance(forced, RowFormat) else None))
-    repairs: Counter[str] = Counter()
+    counts = Counts()
     good: list[Row] = []
     bad: list[Draft] = []
-    for row in rows(repairs):
+    for row in rows(counts.repairs):
         if row.fault is None and isinstance(row.value, (dict, list) if one.of_lists else dict):
             good.append(row)
         else:
             bad.append(unusable(row))
-    return Opened(source, probed, f"{layout}, {why}", one.read(good, options), one, bad, repairs)
+    return Opened(source, probed, f"{layout}, {why}", one.read(good, options), one, bad, counts)

@@ -1,6 +1,7 @@
 """The report of a conversion: report.json, report.html, and what the terminal says."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 from persona.console import excerpt, safe, table
 from persona.convert.cleaning import conversation_key, fold_conversation, replies_of
 from persona.convert.draft import Rejection
+from persona.convert.formats.format import Tally, TextFormat
 from persona.convert.formats.scenes import NO_CONTEXT
 from persona.convert.inputs import find_sources
 from persona.convert.ledger import LORE, Counts
 from persona.convert.options import Options
+from persona.convert.reading import Opened
 from persona.convert.split import fingerprint
 from persona.convert.statistics import FEW_RECORDS, Statistics, advice, measure
 from persona.errors import DataError
@@ -25,22 +28,9 @@ _EXAMPLES = 5  # records on the page
 _LONGEST = 600  # characters of an example's message
 
 
-@dataclass(frozen=True)
-class FileReport:
-    """One file, how it was read, and what became of its content."""
-
-    file: str
-    why: str
-    encoding: str
-    bytes: int
-    sha256: str
-    notes: list[str]
-    counts: Counts
-
-
 @dataclass
 class Report:
-    """What became of everything that was read, and the inputs and options that made it."""
+    """The outcome of a conversion, and the inputs and options that led to it."""
 
     counts: Counts
     train: int  # lines of each file
@@ -48,32 +38,32 @@ class Report:
     lore: int
     characters: tuple[str, ...]
     system_prompt: str | None
-    files: list[FileReport]
+    files: list[Opened]
     skipped: list[str]
     speakers: dict[str, int]
-    names: dict[str, str]  # of the files "train" and "val"
+    names: dict[str, str]  # "train" and "val": the names of these files
     statistics: Statistics
     warnings: list[str]
     inputs: list[str]
     options: Options
-    articles: JsonObject | None = None
+    tallies: Mapping[TextFormat, Tally]
 
     @property
     def lore_weight(self) -> float | None:
         """How many times each lore record is learned; None without lore."""
         return self.options.lore_weight if has_lore(self.counts) else None
 
+    def tally(self, one: TextFormat) -> JsonObject:
+        """The statistics of the files of one format."""
+        return self.tallies[one].to_json(self.counts.written, self.train, self.val)
+
     def to_json(self) -> JsonObject:
         """The content of report.json."""
-        values = {name: value for name, value in vars(self).items() if value is not None or name == "system_prompt"}
-        files = [vars(file) | file.counts.to_json() for file in self.files]
-        for file in files:
-            del file["counts"]
-        del values["counts"]
-        return self.counts.to_json() | values | {
+        values = {name: value for name, value in vars(self).items() if name not in ("counts", "tallies")}
+        return self.counts.to_json() | values | {one.name: self.tally(one) for one in self.tallies} | {
             "val_ratio": self.options.ratio,
             "lore_weight": self.lore_weight,
-            "files": files,
+            "files": [file.to_json() for file in self.files],
             "statistics": asdict(self.statistics),
             "options": self.options.model_dump(mode="json"),
         }  # fmt: skip
@@ -97,11 +87,8 @@ def has_lore(counts: Counts) -> bool:
     return any(kind.startswith("lore") for kind in counts.kinds)
 
 
-# --- advice about a conversion ----------------------------------------------------------------------------------------
-
-
 def warnings_of(counts: Counts, held_out: int, options: Options, folder: Path) -> list[str]:
-    """What is wrong with the conversion as a whole, and what to do about it; `folder` may hold lore already."""
+    """Advice about the conversion as a whole; `folder` may hold lore already."""
     lines = []
     if counts.written and options.ratio and not held_out:
         lines.append(
@@ -120,7 +107,7 @@ def warnings_of(counts: Counts, held_out: int, options: Options, folder: Path) -
 
 
 def about_speeches(counts: Counts) -> str | None:
-    """What to do if more of the character's lines have no line before them than are learned; None otherwise."""
+    """Advice if more of the character's lines have no line before them than are learned; None otherwise."""
     alone = counts.not_used[NO_CONTEXT]
     if alone <= counts.learned or not counts.speeches:
         return None
@@ -128,9 +115,6 @@ def about_speeches(counts: Counts) -> str | None:
         f"{alone:,} lines of the character have no line before them, so only {counts.learned:,} are learned: "
         "--leading-assistant keep learns them too; in a chat --max-gap MINUTES allows longer pauses."
     )
-
-
-# --- on the terminal --------------------------------------------------------------------------------------------------
 
 
 def describe(report: Report, shown: Mapping[str, Sequence[Rejection]]) -> str:
@@ -156,13 +140,13 @@ def _table(counts: Mapping[str, int]) -> str:
     return table((name, f"{count:,}") for name, count in counts.items())
 
 
-def _files(files: Sequence[FileReport]) -> str:
+def _files(files: Sequence[Opened]) -> str:
     lines = []
-    for entry in files[:SHOWN_FAULTS]:
-        formats = " + ".join(f"{name} ({count:,})" for name, count in entry.counts.formats.items())
-        encoding = "" if entry.encoding == "utf-8" else f" [{entry.encoding}]"
-        lines.append(f"{safe(entry.file)}{encoding}: {formats}: {safe(entry.why)}")
-        lines += [f"  note: {safe(note)}" for note in entry.notes]
+    for file in files[:SHOWN_FAULTS]:
+        formats = " + ".join(f"{name} ({count:,})" for name, count in file.counts.formats.items())
+        encoding = "" if file.probed.label == "utf-8" else f" [{file.probed.label}]"
+        lines.append(f"{safe(file.source.name)}{encoding}: {formats}: {safe(file.reason)}")
+        lines += [f"  note: {safe(note)}" for note in file.notes]
     if (more := len(files) - SHOWN_FAULTS) > 0:
         lines.append(f"... and {more:,} more files, all in report.json")
     return "\n".join(lines)
@@ -178,14 +162,7 @@ def _outcome(report: Report) -> str:
         lines.append(f"kinds: {_listed(dict(sorted(counts.kinds.items())))}")
     if report.lore_weight and not report.lore:
         lines.append(f"each lore record is {report.lore_weight:g} times in the training part (--lore-weight)")
-    if articles := report.articles:
-        low, high = report.options.chunk_tokens
-        dropped = "".join(f", {name}: {count:,}" for name, count in articles["dropped"].items())
-        lines.append(
-            f"articles: {articles['total_articles']:,} in {articles['chunks']:,} chunks, "
-            f"{articles['chunks_outside']:,} outside {low}-{high} tokens (counted by {articles['tokenizer']}){dropped}"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(tally.summary() for tally in report.tallies.values())])
 
 
 def _speeches(counts: Counts) -> str:
@@ -271,9 +248,6 @@ def next_command(output: Path, train: str, validation: str | None, lore_weight: 
     return " ".join(["python finetune.py", *(f'--set "{pair}"' if " " in pair else f"--set {pair}" for pair in pairs)])
 
 
-# --- check ------------------------------------------------------------------------------------------------------------
-
-
 def describe_check(inputs: Sequence[str], options: Options) -> str:
     """The data report on files that are converted already; a DataError if training and validation overlap."""
     sources, _ = find_sources(inputs)
@@ -288,21 +262,17 @@ def describe_check(inputs: Sequence[str], options: Options) -> str:
 
 def _checked(path: Path, records: list[Record], options: Options) -> str:
     keys = {conversation_key(fold_conversation(record.messages)) for record in records}
-    kinds: dict[str, int] = {}
-    for record in records:
-        kind = str(record.meta.get("type", "dialogue"))
-        kinds[kind] = kinds.get(kind, 0) + 1
+    kinds = Counter(sorted(str(record.meta.get("type", "dialogue")) for record in records))
     statistics = measure(records, len(records), options.load_tokenizer if options.tokenizer else None)
     warnings = advice(records, statistics)
     if tokens := sum(any(control_token(m["content"]) for m in record.messages) for record in records):
         warnings.append(f"{tokens:,} records hold control tokens; convert the file to have them refused by name.")
-    kinds = dict(sorted(kinds.items()))
     head = f"{path}: {len(records):,} records ({_listed(kinds)}), {len(records) - len(keys):,} of them repetitions"
     return "\n".join([head, *(f"  {s}" for s in _measures(statistics)), *(f"  warning: {safe(w)}" for w in warnings)])
 
 
 def _overlaps(files: dict[Path, list[Record]]) -> Iterator[str]:
-    """What training and validation have in common; files whose name says val, dev or test are validation."""
+    """Sentences about what training and validation share; files whose name says val, dev or test are validation."""
     held = {path for path in files if any(part in path.stem.lower() for part in ("val", "dev", "test"))}
     if not held or len(held) == len(files):
         return
@@ -310,9 +280,9 @@ def _overlaps(files: dict[Path, list[Record]]) -> Iterator[str]:
         _contents(record for path in files if (path in held) == side for record in files[path])
         for side in (False, True)
     )
-    for what in train:
-        if common := train[what] & validation[what]:
-            yield f"{len(common):,} {what} are both in training and in validation"
+    for kind in train:
+        if common := train[kind] & validation[kind]:
+            yield f"{len(common):,} {kind} are both in training and in validation"
 
 
 def _contents(records: Iterable[Record]) -> dict[str, set[str | int]]:

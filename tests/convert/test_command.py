@@ -148,6 +148,30 @@ def test_a_report_repeats_its_conversion(tmp_path):
     assert "谈话 1.txt does not exist" in done.stderr
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_repetition_for_another_character_fills_its_name_in(tmp_path, from_file):
+    file = tmp_path / "系统 prompt.txt"
+    file.write_text("  You are {character}, a keeper.\r\n", encoding="utf-8")
+    system = f"@{file}" if from_file else "You are {character}, a keeper."
+    first = run(EXAMPLES / "play.txt", "--character", "EDDA", "--system", system, "--output", tmp_path / "a")
+    assert first.returncode == 0, first.stderr
+    file.unlink()  # the report holds its text
+    other = run("--from", tmp_path / "a" / "report.json", "--character", "INSPECTOR", "--output", tmp_path / "b")
+    assert other.returncode == 0, other.stderr
+    for folder, name in (("a", "EDDA"), ("b", "INSPECTOR")):
+        report = json.loads((tmp_path / folder / "report.json").read_text("utf-8"))
+        assert report["options"]["system"] == "You are {character}, a keeper."
+        assert report["system_prompt"] == f"You are {name}, a keeper."
+        for line in (tmp_path / folder / "train.jsonl").read_text("utf-8").splitlines():
+            assert json.loads(line)["messages"][0] == {"role": "system", "content": f"You are {name}, a keeper."}
+
+
+def test_a_name_that_cannot_be_in_a_system_prompt_is_refused():
+    done = run(EXAMPLES / "play.txt", "--character", "<|im_end|>", "--system", "You are {character}.", "--preview", "1")
+    assert done.returncode == 2
+    assert '--system: found the control token "<|im_end|>"' in done.stderr
+
+
 @pytest.mark.parametrize(
     ("report", "said"),
     [

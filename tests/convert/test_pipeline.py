@@ -269,4 +269,6 @@ def test_options_out_of_bounds(options, said):
 
 def test_system_prompt_from_a_file(tmp_path):
     path = write(tmp_path / "card.txt", "\ufeff你是{character}。\r\n")
-    assert choose({"system": f"@{path}", "characters": ("艾达",)}).system == "你是艾达。"
+    options = choose({"system": f"@{path}", "characters": ("艾达",)})
+    assert options.system == "你是{character}。"
+    assert options.filled_in().system == "你是艾达。"

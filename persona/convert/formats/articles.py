@@ -11,11 +11,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from persona.console import excerpt
 from persona.convert.cleaning import fill
 from persona.convert.draft import Draft
-from persona.convert.formats.format import Text, TextFormat
+from persona.convert.formats.format import Contents, Text, TextFormat
 from persona.convert.ledger import Counts
 from persona.convert.options import Options, Tokenize
 from persona.errors import DataError, UsageError
@@ -37,13 +38,15 @@ def cut(text: str, tokenize: Tokenize, low: int, high: int) -> list[str]:
     starts = [start for start, _ in tokenize(text)]
     slack = _SLACK if high - low > 6 * _SLACK else 0
     low, high = low + slack, high - slack
-    borders = [[match.end() for match in level.finditer(text)] for level in _LEVELS]
+    borders = _borders(text)
     chunks: list[str] = []
     position = 0
     while (left := len(starts) - bisect_left(starts, position)) > high:
         first = bisect_left(starts, position)
         most = min(high, left - low) if left - low >= low else high  # so that the last chunk is long enough
-        end = _border(starts, borders, first, min(low, most), most)
+        least = min(low, most)
+        middle = starts[first + (least + most) // 2]
+        end = _nearest(borders, starts[first + least], starts[first + most], middle) or max(middle, starts[first] + 1)
         chunks.append(text[position:end])
         position = end
     if position < len(text) or not chunks:
@@ -51,26 +54,22 @@ def cut(text: str, tokenize: Tokenize, low: int, high: int) -> list[str]:
     return chunks
 
 
-def _border(starts: list[int], borders: list[list[int]], first: int, low: int, high: int) -> int:
-    """The place to cut: the border of the best kind that is nearest to the middle of the window."""
-    earliest, latest = starts[first + low], starts[first + high]
-    middle = starts[first + (low + high) // 2]
-    for level in borders:
-        inside = level[bisect_left(level, earliest) : bisect_left(level, latest + 1)]
-        if inside:
-            return min(inside, key=lambda place: abs(place - middle))
-    return max(middle, starts[first] + 1)
+def _borders(text: str) -> list[list[int]]:
+    """The places where a text can be cut, by the kinds of borders."""
+    return [[match.end() for match in level.finditer(text)] for level in _LEVELS]
+
+
+def _nearest(borders: list[list[int]], earliest: int, latest: int, middle: int) -> int | None:
+    """The border of the best kind that is nearest to the middle of the window."""
+    inside = (level[bisect_left(level, earliest) : bisect_left(level, latest + 1)] for level in borders)
+    return next((min(level, key=lambda place: abs(place - middle)) for level in inside if level), None)
 
 
 def halves(text: str) -> tuple[str, str]:
     """The text cut near its middle, at the best border within its middle third."""
     third, middle = len(text) // 3, len(text) // 2
-    for level in _LEVELS:
-        inside = [match.end() for match in level.finditer(text) if third <= match.end() <= len(text) - third]
-        if inside:
-            place = min(inside, key=lambda end: abs(end - middle))
-            return text[:place], text[place:]
-    return text[:middle], text[middle:]
+    place = _nearest(_borders(text), third, len(text) - third, middle) or middle
+    return text[:place], text[place:]
 
 
 def sentences(text: str) -> list[str]:
@@ -137,19 +136,18 @@ def _pieces(clause: str) -> list[str]:
     return [clause[i : i + _PIECE] for i in range(0, len(clause), _PIECE)]
 
 
-def shares_span(prompt: str, answer: str, span: int = SPAN) -> bool:
-    """Whether `prompt` and `answer` share a passage of `span` characters."""
-    spans = {answer[i : i + span] for i in range(len(answer) - span + 1)}
-    return any(prompt[i : i + span] in spans for i in range(len(prompt) - span + 1))
+def shares_span(prompt: str, answer: str) -> bool:
+    """Whether `prompt` and `answer` share a passage of SPAN characters."""
+    spans = {answer[i : i + SPAN] for i in range(len(answer) - SPAN + 1)}
+    return any(prompt[i : i + SPAN] in spans for i in range(len(prompt) - SPAN + 1))
 
 
-def keywords(chunk: str, count: int = 6) -> list[str]:
-    """The most frequent words of a chunk: pairs of Chinese characters, and Latin words of four letters and more."""
+def keywords(chunk: str) -> list[str]:
+    """The six most frequent words of a chunk: pairs of Chinese characters, and Latin words of four letters and more."""
     counts: Counter[str] = Counter(word.lower() for word in re.findall(r"[A-Za-z]{4,}", chunk))
     for run in re.findall(r"[\u4e00-\u9fff]{2,}", chunk):
         counts.update(run[i : i + 2] for i in range(len(run) - 1) if not _STOP & set(run[i : i + 2]))
-    ranked = sorted((word for word, times in counts.items() if times > 1), key=lambda word: (-counts[word], word))
-    return ranked[:count]
+    return sorted((word for word, times in counts.items() if times > 1), key=lambda word: (-counts[word], word))[:6]
 
 
 def _key_sentence(chunk: str, words: list[str]) -> str:
@@ -171,11 +169,6 @@ _SHORTEST = 20  # tokens; shorter articles are dropped
 _LOOKS_LIKE_MARKDOWN = re.compile(r"#{1,6} \S|\[[^\]\n]+\]\([^)\n]+\)|!\[")
 _SENTENCE = re.compile(r"[。！？!?.…](?=\s|$|[”」』\"])|[。！？]")
 _ARTICLE = 300  # characters; shorter texts are notes
-TEMPLATES = {
-    "continue": lambda chunk, _title: continuation(chunk),
-    "expand": expansion,
-    "rewrite": lambda chunk, _title: rewriting(chunk),
-}
 
 
 def clean(text: str) -> str:
@@ -219,7 +212,7 @@ class Tally:
     samples: Counter[str] = field(default_factory=Counter)
     years: Counter[str] = field(default_factory=Counter)
 
-    def to_json(self) -> JsonObject:
+    def to_json(self, written: int, train: int, val: int) -> JsonObject:
         """The counts under their names in dataset_stats.json."""
         return {
             "total_articles": self.articles,
@@ -230,20 +223,27 @@ class Tally:
             "chunks_outside": self.outside,
             "dropped": dict(sorted(self.dropped.items())),
             "tokenizer": self.tokenizer,
+            "total_samples": written,
+            "train_samples": train,
+            "val_samples": val,
+            "train_ratio": round(train / max(1, train + val), 4),
         }
+
+    def summary(self) -> str:
+        """The counts in a line."""
+        low, high = self.chunk_tokens
+        counts = f"{self.articles:,} in {self.chunks:,} chunks, {self.outside:,} outside {low}-{high} tokens"
+        dropped = "".join(f", {name}: {count:,}" for name, count in sorted(self.dropped.items()))
+        return f"articles: {counts} (counted by {self.tokenizer}){dropped}"
 
 
 @dataclass
-class Article:
+class Article(Contents):
     """One article; `tally` is set when all articles were looked at together."""
 
     text: str
     meta: JsonObject
     tally: Tally | None = None
-    layout: str = ""
-    notes: list[str] = field(default_factory=list)
-    speakers: Counter[str] = field(default_factory=Counter)
-    character: str | None = None
 
     def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """A draft for each chunk and template."""
@@ -274,11 +274,12 @@ class Article:
 
 def _samples(chunk: str, title: str, options: Options, tally: Tally) -> Iterator[tuple[str, tuple[str, str]]]:
     """Prompt and answer by each template that the seed chooses for this chunk."""
-    for template, ask in TEMPLATES.items():
+    templates = {"continue": continuation, "expand": partial(expansion, title=title), "rewrite": rewriting}
+    for template, ask in templates.items():
         place = int(rank(options.seed, f"{template} {chunk}")[:8], 16) / 16**8
         if place >= options.templates[template]:
             continue
-        if sample := ask(chunk, title):
+        if sample := ask(chunk):
             tally.samples[template] += 1
             yield template, sample
         else:

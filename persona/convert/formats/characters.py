@@ -10,13 +10,13 @@ import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from persona.console import excerpt
 from persona.convert.cleaning import clean_text, fill
 from persona.convert.draft import Draft
-from persona.convert.formats.format import FileFormat, Packing, Row, RowFormat
+from persona.convert.formats.format import Contents, FileFormat, Packing, Row, RowFormat
 from persona.convert.formats.json_rows import unsafe
 from persona.convert.formats.scenes import Speech, fold_name, prompt_of
 from persona.convert.formats.turns import Turn, opening, to_messages
@@ -34,41 +34,26 @@ INSTRUCTIONS = {
     DIALOGUE: "你现在是{character}。请模仿{character}的语气、口癖和性格进行对话。",
 }
 _BACKGROUND = re.compile(r"(?:更多描述|角色详细)\d*|角色故事\d+|神之眼")
-_KINDS = {  # what real files hold besides speech; --drop-lines says which kinds are left out
-    "thoughts": re.compile(r"（[^（）]*）|\([^()]*\)", re.DOTALL),
-    "notes": re.compile(r"（[^（）]{0,12}(?:选项|触发|分支|旁白|任务|提示)[^（）]{0,12}）"),
-    "silence": re.compile(r"[….。·—\-~～\s]+"),
-    "marks": re.compile(r"[#*_=|/\\\s]+"),
-}
-_NAMES = {
-    "thoughts": "inner thoughts in brackets",
-    "notes": "stage note",
-    "silence": "line of dots only",
-    "marks": "leftover mark",
+_KINDS = {  # lines that are not speech, for --drop-lines; a stage note is in brackets too, so it is before the thoughts
+    "notes": ("stage note", re.compile(r"（[^（）]{0,12}(?:选项|触发|分支|旁白|任务|提示)[^（）]{0,12}）")),
+    "silence": ("line of dots only", re.compile(r"[….。·—\-~～\s]+")),
+    "marks": ("leftover mark", re.compile(r"[#*_=|/\\\s]+")),
+    "thoughts": ("inner thoughts in brackets", re.compile(r"（[^（）]*）|\([^()]*\)", re.DOTALL)),
 }
 _DESCRIPTIONS = ("description", "personality", "scenario")
 _START = re.compile(r"<START>", re.IGNORECASE)
 _AGAIN = "Export the card again as PNG."
 
 
-@dataclass(frozen=True)
-class Lines:
-    """The rows of a file of character lines; other speakers' lines are context."""
+@dataclass
+class Lines(Contents):
+    """The rows of a file of character lines; other speakers' lines are context. A single speaker is the character."""
 
     rows: list[Row]
-    layout: str = ""
-    notes: list[str] = field(default_factory=list)
 
-    @property
-    def speakers(self) -> Counter[str]:
-        """How many rows each speaker has."""
-        return Counter(row.value["speaker"].strip() for row in self.rows if _is_line(row))
-
-    @property
-    def character(self) -> str | None:
-        """The speaker, if there is only one."""
-        speakers = list(self.speakers)
-        return speakers[0] if len(speakers) == 1 else None
+    def __post_init__(self) -> None:
+        self.speakers.update(row.value["speaker"].strip() for row in self.rows if _is_line(row))
+        self.character = next(iter(self.speakers)) if len(self.speakers) == 1 else None
 
     def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """A draft for each line of the character, in the order of the file."""
@@ -112,30 +97,24 @@ def _is_line(row: Row) -> bool:
     return all(isinstance(row.value.get(key), str) for key in ("speaker", "text"))
 
 
-def _kind(prompt: str, background: tuple[str, ...]) -> str:
-    if not prompt:
-        return DIALOGUE
-    # the whole of it: 神之眼 is the title of a story, 关于「神之眼」 a question
-    return BACKGROUND if prompt in background or _BACKGROUND.fullmatch(prompt) else QUESTION
-
-
 def _dropped(text: str, kinds: tuple[str, ...]) -> str | None:
-    """Why a line is left out, or None; a stage note is in brackets too, so it comes before the thoughts."""
-    matching = (kind for kind in ("notes", "silence", "marks", "thoughts") if kind in kinds)
-    return next((_NAMES[kind] for kind in matching if text and _KINDS[kind].fullmatch(text)), None)
+    """The kind of a line that is left out, in words, or None."""
+    matching = (name for kind, (name, pattern) in _KINDS.items() if kind in kinds and text and pattern.fullmatch(text))
+    return next(matching, None)
 
 
 def _line_draft(speech: Speech, row: Row, prompt: str, title: str, before: list[Speech], options: Options) -> Draft:
     character = options.characters[0]
-    kind = _kind(prompt, options.background)
-    if kind == DIALOGUE:
+    kind = DIALOGUE
+    if prompt:  # 神之眼 is the title of a story, 关于「神之眼」 a question
+        kind = BACKGROUND if prompt in options.background or _BACKGROUND.fullmatch(prompt) else QUESTION
+    else:
         names = {fold_name(name) for name in options.characters}
         spoken = [one for one in before if one.text]
         others = any(fold_name(one.speaker) not in names for one in spoken)
         prompt = prompt_of(spoken) if others else opening(speech.text)
-    instruction = INSTRUCTIONS[kind].replace("{character}", character)
-    if kind == DIALOGUE and options.system:
-        instruction = options.system
+    own = options.system if kind == DIALOGUE else None
+    instruction = own or INSTRUCTIONS[kind].replace("{character}", character)
     meta = {"type": kind, "character": character} | ({"title": excerpt(title, 80)} if title else {})
     group = f"title-{title}" if kind == DIALOGUE and title else ""
     draft = Draft([], Counter(), meta, group, row.line, row.path, None, row.text, learned=1)
@@ -283,9 +262,5 @@ def _packed_text(path: Path, name: str) -> str:
 
 LINES = FileFormat("lines", _are_lines, lambda rows, _: Lines(rows), header=lambda row, _: _are_lines([row]))
 CARD = RowFormat(
-    "card",
-    _is_card,
-    _card,
-    system_prompt=_card_prompt,
-    packing=Packing("PNG", b"\x89PNG\r\n\x1a\n", _unpack),
+    "card", _is_card, _card, system_prompt=_card_prompt, packing=Packing("PNG", b"\x89PNG\r\n\x1a\n", _unpack)
 )

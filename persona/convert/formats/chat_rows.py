@@ -1,7 +1,6 @@
 """Chats as JSON or tables: WeChat, Discord, Telegram, SillyTavern; and rows of a speech with its speaker each."""
 
 from collections import Counter
-from dataclasses import replace
 
 from persona.convert.formats.chat_texts import BOT, MEDIA, NO_TEXT, SYSTEM_LINE, ChatMessage, seconds, to_script
 from persona.convert.formats.dialogue import strip_quotes
@@ -143,7 +142,8 @@ def _tavern(rows: list[Row], options: Options) -> Script:
         messages.append(ChatMessage(_text(value.get("name")) or "(unknown)", _text(text), row.line, None, left_out))
     script = to_script(messages, options)
     name = rows[0].value.get("character_name") if rows else None
-    return replace(script, character=name) if isinstance(name, str) and name in script.speakers else script
+    script.character = name if isinstance(name, str) and name in script.speakers else None
+    return script
 
 
 def _are_utterances(first: list[JsonObject]) -> str | None:
@@ -189,7 +189,7 @@ def _utterances(rows: list[Row], options: Options) -> Script:
                 continue
             speeches.append(_speech(value, keys, row.line, scene, repairs, options))
     layout = "an utterance a row" + (", scenes as the rows have them" if bordered else "")
-    return Script(speeches, bordered, layout, +repairs, left_out=left_out)
+    return Script(speeches, bordered, +repairs, layout=layout, left_out=left_out)
 
 
 def _speech(

@@ -103,7 +103,7 @@ def to_script(messages: list[ChatMessage], options: Options) -> Script:
             speeches.append(Speech(without_marks(message.speaker).strip() or "(unknown)", text, message.line, scene))
     timed = any(message.time is not None for message in messages)
     layout = f"cut at pauses of more than {options.max_gap:g} minutes ({pauses:,})" if timed else "without times"
-    return Script(speeches, timed, layout, left_out=left_out)
+    return Script(speeches, timed, layout=layout, left_out=left_out)
 
 
 def _why_left_out(text: str) -> str | None:
@@ -130,19 +130,13 @@ def _qq(text: Text, options: Options) -> Script:
         if header := _QQ.fullmatch(line.strip()):
             notice = header["name"] in _QQ_NOTICES or header["id"] in _QQ_NOTICES
             name = header["name"].strip() or header["id"] or header["mail"]
-            time = seconds(_padded(header["time"]))
+            time = seconds(header["time"].replace("/", "-"))
             messages.append((ChatMessage(name, "", number, time, SYSTEM_LINE if notice else None), []))
         elif messages and not _QQ_HEAD.fullmatch(line.strip()):
             messages[-1][1].append(line)
     for message, lines in messages:
         message.text = "\n".join(lines).strip()
     return to_script([message for message, _ in messages], options)
-
-
-def _padded(time: str) -> str:
-    date, clock = time.replace("/", "-").split(" ")
-    year, month, day = date.split("-")
-    return f"{year}-{month:0>2}-{day:0>2} {clock:0>8}"
 
 
 def _is_whatsapp(text: Text, _options: Options) -> str | None:

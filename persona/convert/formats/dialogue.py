@@ -95,12 +95,11 @@ def _guests(lines: list[_Line], recurring: set[str]) -> set[str]:
     Without this the guest's line would be added to the character's speech and be learned. If the known names are in
     capitals, another one in small letters is a word: "Listen: ...".
     """
-    heads = [line for line in lines if line.head]
-    if len(heads) < REGULAR_SHARE * sum(line.kind == _LINE for line in lines):
+    names = [line.head["name"] for line in lines if line.head]
+    if len(names) < REGULAR_SHARE * sum(line.kind == _LINE for line in lines):
         return set()
-    known = [line.head["name"] for line in heads if line.head and _name(line) in recurring]
+    known = [name for name in names if fold_name(name) in recurring]
     capitals = bool(known) and all(name == name.upper() for name in known)
-    names = [line.head["name"] for line in heads if line.head]
     return {fold_name(name) for name in names if not _COMMA.search(name) and (not capitals or name == name.upper())}
 
 
@@ -153,7 +152,7 @@ def _collect(
 ) -> Script:
     started: list[tuple[str, int, int, list[str]]] = []  # name, line, scene, lines of words
     repairs: Counter[str] = Counter()
-    words: list[str] | None = None  # of the speech that the next line may continue
+    words: list[str] | None = None  # the speech that the next line may continue
     scene, narration, after_blank = 0, 0, False
     for line in lines:
         if line.kind == _DIRECTION:
@@ -178,11 +177,7 @@ def _collect(
         for name, number, part, spoken in started
     ]
     layout = "names alone on a line, the speech below" if is_play else "lines of the form NAME: words"
-    return Script(speeches, scene > 0, layout, +repairs, _notes(once, narration, narrated), narration)
-
-
-def _notes(once: list[str], narration: int, narrated: bool) -> list[str]:
-    notes = []
+    notes: list[str] = []
     if once:
         names = ", ".join(f'"{name}"' for name in list(dict.fromkeys(once))[:10])
         notes.append(
@@ -191,7 +186,7 @@ def _notes(once: list[str], narration: int, narrated: bool) -> list[str]:
         )
     if narration and not narrated:
         notes.append(f"lines without a speaker, not used: {narration:,} (an empty line ends a speech)")
-    return notes
+    return Script(speeches, scene > 0, +repairs, narration, layout=layout, notes=notes)
 
 
 def strip_quotes(text: str, repairs: Counter[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a format is: one object with its name, how it is recognised and how it is read. The list is in `recognise`.
+"""A format: one object with its name, how it is recognised and how it is read. The list is in `recognise`.
 
 There are three kinds. The rows of a `RowFormat` are conversations by themselves; the rows of a `FileFormat` are one
 conversation together, such as the messages of a chat; a `TextFormat` is read from plain text.
@@ -30,32 +30,18 @@ class Row:
     split: str | None = None  # the key of the list that holds the row: "train", "test"
 
 
-class Contents(Protocol):
+@dataclass(kw_only=True)
+class Contents:
     """A file that was read: who speaks in it, and its drafts."""
 
-    @property
-    def layout(self) -> str:
-        """How the file is laid out, in a few words; "" if the format says it all."""
-        ...
-
-    @property
-    def notes(self) -> list[str]:
-        """Sentences for the report."""
-        ...
-
-    @property
-    def speakers(self) -> Counter[str]:
-        """How often each person speaks; empty for files without names."""
-        ...
-
-    @property
-    def character(self) -> str | None:
-        """The character that the file itself names."""
-        ...
+    layout: str = ""  # how the file is laid out, in a few words; "" if the format says it all
+    notes: list[str] = field(default_factory=list)  # sentences for the report
+    speakers: Counter[str] = field(default_factory=Counter)  # how often each person speaks; empty without names
+    character: str | None = None  # that the file itself names
 
     def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
-        """The conversations of the file."""
-        ...
+        """The conversations of the file, counted in `counts`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -103,8 +89,12 @@ class Text:
 class Tally(Protocol):
     """Statistics of all files of one format in a conversion."""
 
-    def to_json(self) -> JsonObject:
-        """The statistics as the report has them."""
+    def to_json(self, written: int, train: int, val: int) -> JsonObject:
+        """The statistics as the report has them, with the numbers of records in all and in the two files."""
+        ...
+
+    def summary(self) -> str:
+        """The statistics in a line."""
         ...
 
 

@@ -84,7 +84,7 @@ class _Window:
             self.more()
 
 
-class _Values:
+class Values:
     """The rows of a file: each value, each element of an array, each element of the lists in a wrapper."""
 
     def __init__(self, stream: TextIO, name: str, limit: int, lenient: bool, repairs: Counter[str]) -> None:
@@ -131,7 +131,7 @@ class _Values:
                 self.repairs["JSON: missing closing bracket added"] += 1
                 return
             if not comma and not self.lenient:
-                raise self._fault(self._error("Expecting ',' delimiter"))
+                raise self._missing(",")
             row = self._row(f"{path}[{index}]", split)
             yield row
             if row.fault and row.fault.code == "TRUNCATED":
@@ -145,7 +145,7 @@ class _Values:
         while self.window.mark() == '"':
             key, self.window.position, _ = self._strict()
             if self.window.mark() != ":":
-                raise self._fault(self._error("Expecting ':' delimiter"))
+                raise self._missing(":")
             self.window.position += 1
             if self.window.mark() == "[" and key in WRAPPERS:
                 self.window.position += 1
@@ -156,7 +156,7 @@ class _Values:
                 break
             self.window.position += 1
         if self.window.mark() != "}":
-            raise self._fault(self._error("Expecting ',' delimiter"))
+            raise self._missing(",")
         self.window.position += 1
 
     def _strict(self) -> tuple[Any, int, str | None]:
@@ -195,8 +195,9 @@ class _Values:
         window.position = len(window.text)
         return Row(None, line, path, text, RecordFault("TRUNCATED", "$", "the file ends inside this record", fix))
 
-    def _error(self, message: str) -> json.JSONDecodeError:
-        return json.JSONDecodeError(message, self.window.text, self.window.position)
+    def _missing(self, mark: str) -> DataError:
+        error = json.JSONDecodeError(f"Expecting '{mark}' delimiter", self.window.text, self.window.position)
+        return self._fault(error)
 
     def _fault(self, error: json.JSONDecodeError) -> DataError:
         line, column = self.window.place(error.pos)
@@ -204,10 +205,3 @@ class _Values:
         if self.index and "ends inside" in reason:
             fix += f"; the {self.index:,} records before it are whole, and --lenient keeps them"
         return DataError(f"{self.name}:{line}:{column}  {reason}. {fix}.")
-
-
-def value_rows(
-    stream: TextIO, name: str, limit: int, lenient: bool, wrapped: bool, repairs: Counter[str]
-) -> Iterator[Row]:
-    """The rows of all values in a file; a DataError names the place of broken JSON."""
-    return _Values(stream, name, limit, lenient, repairs).rows(wrapped)

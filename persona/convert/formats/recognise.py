@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from persona.console import excerpt
@@ -15,7 +15,7 @@ from persona.convert.formats.chat_rows import DISCORD, TAVERN, TELEGRAM, UTTERAN
 from persona.convert.formats.chat_texts import QQ, WHATSAPP
 from persona.convert.formats.conversations import ALPACA, CHATGPT, MESSAGES, PAIRS, SHAREGPT
 from persona.convert.formats.dialogue import DIALOGUE
-from persona.convert.formats.format import FileFormat, Format, Row, RowFormat, Text, TextFormat
+from persona.convert.formats.format import Contents, FileFormat, Format, Row, RowFormat, Text, TextFormat
 from persona.convert.formats.tables import TABLE
 from persona.convert.inputs import Foreign
 from persona.convert.ledger import Counts
@@ -106,15 +106,11 @@ def is_list_a_line(head: str) -> bool:
 
 
 @dataclass
-class Rows:
+class Rows(Contents):
     """A file whose rows are conversations by themselves, each read by the format that recognises it."""
 
     rows: Callable[[Counter[str]], Iterator[Row]]  # counts repairs of the file in its argument
     forced: RowFormat | None
-    layout: str = ""
-    notes: list[str] = field(default_factory=list)
-    speakers: Counter[str] = field(default_factory=Counter)
-    character: str | None = None
 
     def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
         """A draft for each row, or several; a row that no format recognises has a fault."""
@@ -122,21 +118,18 @@ class Rows:
             if options.split and (split := _split_of(row)) is not None and split != options.split:
                 counts.other_splits[split] += 1
                 continue
-            one = self.forced
+            value = _object(row.value)
+            one, name, why = self._format(row, value, options)
+            counts.formats[name] += 1
+            counts.reasons[why] = None
             try:
-                if row.fault:
-                    raise row.fault
-                value = _object(row)
-                one, why = (one, f"--format {one.name}") if one else _row_format(value, options)
+                if row.fault or value is None:
+                    raise row.fault or _no_object(row)
                 if one is None:
                     raise _unknown(value)
                 drafts = one.read(value, options)
-                name = one.name
             except RecordFault as fault:
-                name, why = _blame(row, self.forced, options)
                 drafts = Draft([], fault=fault)
-            counts.formats[name] += 1
-            counts.reasons[why] = None
             if one and one.system_prompt and isinstance(row.value, dict):
                 counts.system_prompt = counts.system_prompt or one.system_prompt(row.value, options)
             for draft in drafts if isinstance(drafts, list) else [drafts]:
@@ -144,6 +137,19 @@ class Rows:
                 if row.repairs:
                     draft.repairs += row.repairs
                 yield draft
+
+    def _format(self, row: Row, value: JsonObject | None, options: Options) -> tuple[RowFormat | None, str, str]:
+        """The format that reads a row, the name under which it is counted, and why."""
+        if row.fault:
+            return None, "unreadable", "some rows cannot be read"
+        if self.forced:
+            return self.forced, self.forced.name, f"--format {self.forced.name}"
+        if value is None:
+            return None, "unknown", "some rows are not objects"
+        for one in ROW_FORMATS:
+            if why := one.recognise(value, options):
+                return one, one.name, why
+        return None, "unknown", "some rows are of no known format"
 
 
 def unusable(row: Row) -> Draft:
@@ -162,33 +168,11 @@ def _split_of(row: Row) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _object(row: Row) -> JsonObject:
-    value = row.value
-    if isinstance(value, dict):
-        return value
-    turns = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
-    if turns and ("from" in value[0] or "role" in value[0]):
-        return {"conversations": value}
-    raise _no_object(row)
-
-
-def _row_format(value: JsonObject, options: Options) -> tuple[RowFormat | None, str]:
-    for one in ROW_FORMATS:
-        if why := one.recognise(value, options):
-            return one, why
-    return None, "some rows are of no known format"
-
-
-def _blame(row: Row, forced: RowFormat | None, options: Options) -> tuple[str, str]:
-    """The format under which a refused row is counted, and why."""
-    if row.fault:
-        return "unreadable", "some rows cannot be read"
-    if forced:
-        return forced.name, f"--format {forced.name}"
-    if not isinstance(row.value, dict):
-        return "unknown", "some rows are not objects"
-    one, why = _row_format(row.value, options)
-    return one.name if one else "unknown", why
+def _object(value: Any) -> JsonObject | None:
+    """The value as an object; a list of turns is a conversation."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        return {"conversations": value} if "from" in value[0] or "role" in value[0] else None
+    return value if isinstance(value, dict) else None
 
 
 def _unknown(value: JsonObject) -> RecordFault:

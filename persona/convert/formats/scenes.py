@@ -12,6 +12,7 @@ from itertools import groupby
 
 from persona.convert.cleaning import fill
 from persona.convert.draft import Draft
+from persona.convert.formats.format import Contents
 from persona.convert.formats.turns import opening
 from persona.convert.ledger import Counts
 from persona.convert.options import Options
@@ -20,13 +21,7 @@ from persona.convert.options import Options
 # tinyshakespeare 94 % are at most 20 speeches long; most of the others run over the end of a scene or a play.
 MAX_SILENCE = 20
 
-NO_WORDS = "no words"
-NO_CHARACTER = "scene without the character"
-TOO_EARLY = "more than {turns} lines before the reply"
-AFTER_LAST = "after the last reply"
 NO_CONTEXT = "no line before it"
-NARRATION = "narration"
-TOO_SHORT = "reply shorter than --min-chars"
 NARRATOR = "旁白"  # the speaker of lines without a speaker
 _NARRATORS = {NARRATOR, "叙述", "解说", "narrator", "narration", "画外音"}
 
@@ -41,31 +36,35 @@ class Speech:
     scene: int
 
 
-@dataclass(frozen=True)
-class Script:
-    """The speeches of a file in order, and what was done to get them."""
+@dataclass
+class Script(Contents):
+    """The speeches of a file in order, and how they were read."""
 
     speeches: list[Speech]
     has_borders: bool
-    layout: str
     repairs: Counter[str] = field(default_factory=Counter)
-    notes: list[str] = field(default_factory=list)
     narration: int = 0  # lines that belong to no speech
     left_out: Counter[str] = field(default_factory=Counter)  # messages that are not speech, by reason
-    character: str | None = None
 
-    @property
-    def speakers(self) -> Counter[str]:
-        """How many speeches each speaker has."""
-        return Counter(speech.speaker for speech in self.speeches)
+    def __post_init__(self) -> None:
+        self.speakers = Counter(speech.speaker for speech in self.speeches)
 
     def drafts(self, options: Options, counts: Counts) -> Iterator[Draft]:
-        """The conversations of the character."""
-        drafts, not_used = conversations(self, options)
+        """A draft for each run of at most `max_exchanges` exchanges of the character."""
         counts.speeches += len(self.speeches) + self.left_out.total()
-        counts.not_used += not_used
         counts.repairs += self.repairs
-        return iter(drafts)
+        names = {fold_name(name) for name in options.characters}
+        spoken = [speech for speech in self.speeches if speech.text]
+        counts.not_used += Counter({"no words": len(self.speeches) - len(spoken)}) + self.left_out
+        if options.narration == "drop":
+            without = [speech for speech in spoken if not _is_narration(speech, names)]
+            counts.not_used += Counter({"narration": len(spoken) - len(without)})
+            spoken = without
+        for number, scene in enumerate(_scenes(self, spoken, names, options), 1):
+            exchanges, unused = _exchanges(scene, names, options)
+            counts.not_used += unused
+            for start in range(0, len(exchanges), options.max_exchanges):
+                yield _draft(exchanges[start : start + options.max_exchanges], f"scene-{number}", options)
 
 
 @dataclass(frozen=True)
@@ -85,24 +84,6 @@ def fold_name(name: str) -> str:
 def is_narrator(name: str) -> bool:
     """Whether a speaker is the narrator of the story."""
     return fold_name(name) in _NARRATORS
-
-
-def conversations(script: Script, options: Options) -> tuple[list[Draft], Counter[str]]:
-    """A draft for each run of at most `max_exchanges` exchanges, and the number of speeches not used, by reason."""
-    names = {fold_name(name) for name in options.characters}
-    spoken = [speech for speech in script.speeches if speech.text]
-    not_used = Counter({NO_WORDS: len(script.speeches) - len(spoken)}) + script.left_out
-    if options.narration == "drop":
-        without = [speech for speech in spoken if not _is_narration(speech, names)]
-        not_used[NARRATION] += len(spoken) - len(without)
-        spoken = without
-    drafts: list[Draft] = []
-    for number, scene in enumerate(_scenes(script, spoken, names, options), 1):
-        exchanges, unused = _exchanges(scene, names, options)
-        not_used += unused
-        for start in range(0, len(exchanges), options.max_exchanges):
-            drafts.append(_draft(exchanges[start : start + options.max_exchanges], f"scene-{number}", options))
-    return drafts, not_used
 
 
 def _scenes(script: Script, spoken: list[Speech], names: set[str], options: Options) -> list[list[Speech]]:
@@ -163,9 +144,9 @@ def _exchanges(scene: list[Speech], names: set[str], options: Options) -> tuple[
             narration += [speech for speech in stretch if apart and _is_narration(speech, names)]
             waiting += [speech for speech in stretch if not (apart and _is_narration(speech, names))]
         elif sum(len(speech.text) for speech in stretch) < options.min_chars:
-            unused[TOO_SHORT] += len(stretch)
+            unused["reply shorter than --min-chars"] += len(stretch)
         elif waiting:
-            unused[TOO_EARLY.format(turns=turns)] += max(0, len(waiting) - turns)
+            unused[f"more than {turns} lines before the reply"] += max(0, len(waiting) - turns)
             exchanges.append(Exchange(waiting[-turns:], stretch, narration))
             waiting, narration = [], []
         elif exchanges:
@@ -176,7 +157,7 @@ def _exchanges(scene: list[Speech], names: set[str], options: Options) -> tuple[
         else:
             unused[NO_CONTEXT] += len(stretch)
     absent = not any(_is_mine(speech, names) for speech in scene)
-    unused[NO_CHARACTER if absent else AFTER_LAST] += len(waiting) + len(narration)
+    unused["scene without the character" if absent else "after the last reply"] += len(waiting) + len(narration)
     return exchanges, unused
 
 
