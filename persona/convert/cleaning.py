@@ -117,10 +117,8 @@ def redact(text: str, repairs: Counter[str]) -> str:
 
     def masked(match: re.Match[str]) -> str:
         kind = _kind(match[0])
-        if kind is None:
-            return match[0]
-        _count(repairs, kind, 1)
-        return f"[{kind}]"
+        _count(repairs, str(kind), kind is not None)
+        return f"[{kind}]" if kind else match[0]
 
     return _DIGITS.sub(masked, text)
 

@@ -283,7 +283,8 @@ def find_sources(inputs: Iterable[str]) -> tuple[list[Source], list[str]]:
     skipped: list[str] = []
     for path in (path for pattern in inputs for path in _expand(pattern)):
         if path.is_dir():
-            for inner in _walk(path):
+            inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+            for inner in sorted(inside, key=lambda inner: inner.parts):
                 if why := _left_out(inner):
                     skipped.append(f"{inner}: {why}")
                 else:
@@ -318,11 +319,6 @@ def _expand(pattern: str) -> list[Path]:
     if not matches:
         raise UsageError(f"{pattern} does not exist. Check the name; the command runs in {Path.cwd()}.")
     return [Path(match) for match in matches]
-
-
-def _walk(folder: Path) -> list[Path]:
-    files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sorted(files, key=lambda path: path.relative_to(folder).parts)
 
 
 def _left_out(path: Path) -> str | None:

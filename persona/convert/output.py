@@ -36,12 +36,9 @@ class Shuffle:
     def add(self, rank: str, number: int, copy: int, line: bytes) -> None:
         """Put in a line; `rank` has 16 hexadecimal digits, `number` and `copy` settle ties."""
         part = int(rank[:2], 16) // _RANKS
-        file = self._parts.get(part) or self._open(part)
-        file.writelines((b"%b%010x%04x" % (rank.encode(), number, copy), line, b"\n"))
-
-    def _open(self, part: int) -> BinaryIO:
-        self._parts[part] = file = self._path(part).open("wb", buffering=_BUFFERED)
-        return file
+        if part not in self._parts:
+            self._parts[part] = self._path(part).open("wb", buffering=_BUFFERED)
+        self._parts[part].writelines((b"%b%010x%04x" % (rank.encode(), number, copy), line, b"\n"))
 
     def _path(self, part: int) -> Path:
         return self._folder / f"part-{part:02}"

@@ -23,7 +23,6 @@ from persona.pages import page
 from persona.records import SHOWN_FAULTS, Record, control_token, read_records
 
 SAMPLE = Path("data/tamsin")  # the data of config/default.json
-_REJECTIONS_SHOWN = 3  # of each code
 _EXAMPLES = 5  # records on the page
 _LONGEST = 600  # characters of an example's message
 
@@ -188,7 +187,7 @@ def _rejections(by_code: Mapping[str, int], shown: Mapping[str, Sequence[Rejecti
     left = SHOWN_FAULTS
     for code, count in sorted(by_code.items()):
         lines.append(f"rejected {code}: {count:,}")
-        listed = shown[code][: min(_REJECTIONS_SHOWN, left)]
+        listed = shown[code][:left]
         left -= len(listed)
         for rejection in listed:
             place = f"{rejection.file}:{rejection.line} | {rejection.path}"

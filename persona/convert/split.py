@@ -70,16 +70,13 @@ class Split:
             buffer.append(bond)
             buffer.append(number)
             if len(buffer) >= _BUFFERED:
-                self._flush(bond % _PARTS)
+                with self._part(bond % _PARTS).open("ab") as file:
+                    buffer.tofile(file)
+                del buffer[:]
         return number
 
     def _part(self, part: int) -> Path:
         return self._folder / f"bonds-{part}"
-
-    def _flush(self, part: int) -> None:
-        with self._part(part).open("ab") as file:
-            self._buffers[part].tofile(file)
-        self._buffers[part] = array("Q")
 
     def held_out(self, ratio: float) -> bytearray:
         """A 1 for each record that is held out; about `ratio` of all records.
@@ -123,7 +120,8 @@ class Split:
                 number = bonds[index + 1]
                 other = first.setdefault(bonds[index], number)
                 if other != number:
-                    self._unite(other, number)
+                    lower, higher = sorted((self._root(other), self._root(number)))
+                    self._parents[higher] = lower
         self._buffers = [array("Q") for _ in range(_PARTS)]
 
     def _root(self, number: int) -> int:
@@ -132,10 +130,6 @@ class Split:
             parents[number] = parents[parents[number]]
             number = parents[number]
         return number
-
-    def _unite(self, one: int, other: int) -> None:
-        first, second = sorted((self._root(one), self._root(other)))
-        self._parents[second] = first
 
 
 def once_more(ranks: dict[int, int], weight: float) -> set[int]:

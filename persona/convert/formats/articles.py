@@ -100,13 +100,8 @@ def continuation(chunk: str) -> tuple[str, str] | None:
 def expansion(chunk: str, title: str) -> tuple[str, str] | None:
     """A title, keywords and the sentence with most of them as the prompt, the chunk as the answer."""
     words = keywords(chunk)
-    key = _key_sentence(chunk, words)
-    parts = [
-        f"标题：{title}" if title else "",
-        f"关键词：{'、'.join(words)}" if words else "",
-        f"要点：{key}" if key else "",
-    ]
-    outline = "\n".join(part for part in parts if part)
+    parts = {"标题": title, "关键词": "、".join(words), "要点": _key_sentence(chunk, words)}
+    outline = "\n".join(f"{name}：{text}" for name, text in parts.items() if text)
     return (f"{EXPAND}\n{outline}", chunk.strip()) if outline else None
 
 

@@ -42,7 +42,7 @@ _WHATSAPP = re.compile(
 )
 _NAMED = re.compile(r"(?P<name>[^:]{1,60}?): (?P<text>.*)", re.DOTALL)
 _QQ_NOTICES = ("系统消息", "10000", "1000000")
-_TIMES = ("%Y-%m-%d %H:%M:%S", "%Y/%m/%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y/%m/%d %H:%M")
+_TIME = re.compile(r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})\s+(\d{1,2}):(\d{1,2})(?::(\d{1,2}))?")
 
 
 @dataclass(slots=True)
@@ -69,20 +69,13 @@ def seconds(value: object) -> float | None:
     if re.fullmatch(r"\d{9,13}(?:\.\d{1,9})?", text):
         return seconds(float(text))
     try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        time = next((time for pattern in _TIMES if (time := _parsed(text, pattern))), None)
-    if time is None:
-        return None
-    aware = time if time.tzinfo else time.replace(tzinfo=UTC)  # only differences count
-    return (aware - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds()
-
-
-def _parsed(text: str, pattern: str) -> datetime | None:
-    try:
-        return datetime.strptime(text, pattern)
+        if match := _TIME.fullmatch(text):
+            time = datetime(*map(int, match.groups("0")), tzinfo=UTC)
+        else:
+            time = datetime.fromisoformat(text)
     except ValueError:
         return None
+    return time.replace(tzinfo=time.tzinfo or UTC).timestamp()  # only differences count
 
 
 def to_script(messages: list[ChatMessage], options: Options) -> Script:
@@ -130,7 +123,7 @@ def _qq(text: Text, options: Options) -> Script:
         if header := _QQ.fullmatch(line.strip()):
             notice = header["name"] in _QQ_NOTICES or header["id"] in _QQ_NOTICES
             name = header["name"].strip() or header["id"] or header["mail"]
-            time = seconds(header["time"].replace("/", "-"))
+            time = seconds(header["time"])
             messages.append((ChatMessage(name, "", number, time, SYSTEM_LINE if notice else None), []))
         elif messages and not _QQ_HEAD.fullmatch(line.strip()):
             messages[-1][1].append(line)
