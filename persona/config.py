@@ -234,7 +234,7 @@ def _override(values: JsonObject, text: str) -> str | None:
     path = name.strip().split(".")
     if not equals or not all(path):
         return f"--set {text}: expected section.key=value, for example --set training.learning_rate=1e-4"
-    field = _fields().get(".".join(path))
+    field = all_settings().get(".".join(path))
     is_text = field is not None and field.annotation in (str, str | None)
     try:
         value = json.loads(raw)
@@ -253,7 +253,7 @@ def _override(values: JsonObject, text: str) -> str | None:
     return None
 
 
-def _fields() -> dict[str, FieldInfo]:
+def all_settings() -> dict[str, FieldInfo]:
     """Every setting by its dotted name, in the order of the file."""
     fields = {}
     for name, field in Config.model_fields.items():
@@ -261,11 +261,6 @@ def _fields() -> dict[str, FieldInfo]:
         inside = kind.model_fields if isinstance(kind, type) and issubclass(kind, Section) else {}
         fields |= {f"{name}.{key}": inner for key, inner in inside.items()} or {name: field}
     return fields
-
-
-def setting_names() -> list[str]:
-    """The dotted name of every setting, in the order of the file."""
-    return list(_fields())
 
 
 def _explain(details: list[ErrorDetails]) -> list[str]:
@@ -312,7 +307,7 @@ def _explain_unknown(name: str, key: str) -> str:
         return f"{name}: keys and tokens do not belong into this file; log in with `hf auth login` instead"
     if key in FOREIGN_NAMES:
         return f"{name} is not a setting here; use {FOREIGN_NAMES[key]}"
-    known = _fields()
+    known = all_settings()
     if key in known:
         section, _, inner = key.partition(".")
         return f'{name}: a name with a dot is for --set; here write "{section}": {{"{inner}": ...}}'
@@ -338,7 +333,7 @@ def schema_text() -> str:
 def settings_table() -> str:
     """A Markdown table of every setting with its default and meaning."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
-    for name, field in _fields().items():
+    for name, field in all_settings().items():
         default = json.dumps(field.default, ensure_ascii=False) if not field.is_required() else "(required)"
         lines.append(f"| `{name}` | `{default}` | {field.description} |")
     return "\n".join(lines) + "\n"

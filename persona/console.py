@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from persona.errors import EnvironmentFault, PersonaError
 
+GREEN, GREY = 32, 90  # as a terminal numbers them
 # C0 without tab and newline, DEL, C1, and the bidirectional controls, with which a text could steer the terminal
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -32,14 +33,9 @@ def colour_wanted() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-def green(text: str, wanted: bool) -> str:
-    """`text` in green when `wanted`, otherwise as it is."""
-    return f"\x1b[32m{text}\x1b[0m" if wanted else text
-
-
-def dim(text: str, wanted: bool) -> str:
-    """`text` in grey when `wanted`, otherwise as it is."""
-    return f"\x1b[90m{text}\x1b[0m" if wanted else text
+def painted(text: str, colour: int, wanted: bool) -> str:
+    """`text` in `colour`, GREEN or GREY, when `wanted`, otherwise as it is."""
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
 
 
 def display_width(text: str) -> int:

@@ -10,10 +10,10 @@ import pytest
 
 from persona.config import (
     FOREIGN_NAMES,
+    all_settings,
     dump_config,
     load_config,
     schema_text,
-    setting_names,
     settings_table,
     write_generated,
 )
@@ -109,8 +109,8 @@ def test_replacements_name_real_settings():
     elsewhere = {"val_size", "report_to"}  # what replaces them is not a setting
     assert elsewhere < set(FOREIGN_NAMES)
     for name, advice in FOREIGN_NAMES.items():
-        assert (advice.split()[0].rstrip(":,;") in setting_names()) == (name not in elsewhere), name
-        assert name not in {setting.rpartition(".")[2] for setting in setting_names()}
+        assert (advice.split()[0].rstrip(":,;") in all_settings()) == (name not in elsewhere), name
+        assert name not in {setting.rpartition(".")[2] for setting in all_settings()}
 
 
 @pytest.mark.parametrize("key", ["file", "weight"])
@@ -292,7 +292,7 @@ def test_a_dumped_config_loads_back_equal(tmp_path):
     assert dump_config(again) == text
     assert "莫言秋" in text
     dumped = json.loads(text)
-    for name in setting_names():
+    for name in all_settings():
         section, _, key = name.rpartition(".")
         assert key in (dumped[section] if section else dumped)
 
@@ -313,7 +313,7 @@ def test_the_schema_file_is_fresh():
 
 def test_the_schema_describes_every_setting():
     schema = json.loads(schema_text())
-    for name in setting_names():
+    for name in all_settings():
         section, _, key = name.rpartition(".")
         owner = schema
         if section:
@@ -327,7 +327,7 @@ def test_the_schema_describes_every_setting():
 
 def test_the_table_has_every_setting():
     table = settings_table()
-    assert [line.split("`")[1] for line in table.splitlines()[2:]] == setting_names()
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == list(all_settings())
 
 
 def test_default_json_loads():

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona.console import colour_wanted, dim, display_width, duration, excerpt, green, run_script, safe, table
+from persona.console import (
+    GREEN,
+    GREY,
+    colour_wanted,
+    display_width,
+    duration,
+    excerpt,
+    painted,
+    run_script,
+    safe,
+    table,
+)
 from persona.errors import DataError, Diverged, EnvironmentFault, Interrupted, OutOfMemory, PersonaError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,11 +115,10 @@ def test_when_colours_are_wanted(monkeypatch, terminal, variables, wanted):
     assert colour_wanted() is wanted
 
 
-@pytest.mark.parametrize("paint", [green, dim])
-def test_colours_only_when_wanted(paint):
-    assert paint("x", False) == "x"
-    assert paint("x", True).startswith("\x1b[")
-    assert paint("x", True).endswith("x\x1b[0m")
+@pytest.mark.parametrize(("colour", "number"), [(GREEN, 32), (GREY, 90)])
+def test_colours_only_when_wanted(colour, number):
+    assert painted("x", colour, False) == "x"
+    assert painted("x", colour, True) == f"\x1b[{number}mx\x1b[0m"
 
 
 # --- how a script ends -----------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_every_file_that_a_command_names_exists():
 
 
 def test_every_setting_that_a_page_names_exists():
-    from persona.config import Config, setting_names
+    from persona.config import Config, all_settings
 
     sections = "|".join(Config.model_fields)
     quoted = overridden = 0
@@ -85,10 +85,10 @@ def test_every_setting_that_a_page_names_exists():
         for name in re.findall(rf"`((?:{sections})\.\w+)\b", text):
             if not name.endswith((".py", ".json", ".jsonl")):
                 quoted += 1
-                assert name in setting_names(), f"{page}: {name}"
+                assert name in all_settings(), f"{page}: {name}"
         for name in re.findall(r"--set ([\w.]+)=", text):
             overridden += 1
-            assert name in (*setting_names(), "section.key", "SECTION.KEY"), f"{page}: {name}"
+            assert name in (*all_settings(), "section.key", "SECTION.KEY"), f"{page}: {name}"
     assert quoted >= 80
     assert overridden >= 8
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import merge_lora_to_fp16
-from persona.config import Config, dump_config, setting_names
+from persona.config import Config, all_settings, dump_config
 from persona.errors import EnvironmentFault
 from persona.model.sources import resolve_model
 from persona.speak.chat import chat
@@ -287,7 +287,7 @@ CASES = {
 
 
 def test_every_setting_has_a_case():
-    assert sorted(CASES) == sorted(setting_names())
+    assert sorted(CASES) == sorted(all_settings())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -83,8 +83,7 @@ def write_files(options: Namespace, tuned: Tuned) -> Iterator[str]:
 
 
 def _write_model(output: Path, llama_cpp: Path, outtype: str, tuned: Tuned) -> str:
-    file = convert_model(tuned.merged, output, llama_cpp, outtype, tuned.fmt)
-    report, notes = file.report, list(file.corrections)
+    report, notes = convert_model(tuned.merged, output, llama_cpp, outtype, tuned.fmt)
     compared = f"all {report.tensors} tensors"
     if report.unknown:
         compared = f"{report.tensors - report.unknown} of {report.tensors} tensors"
@@ -96,7 +95,7 @@ def _write_model(output: Path, llama_cpp: Path, outtype: str, tuned: Tuned) -> s
         f"Written {output} ({report.architecture}, {report.type_name}): {compared}, vocabulary, end "
         f"tokens and chat template are those of {tuned.merged}; largest rounding {report.largest_error:.1e}."
     )
-    notes += _write_modelfile(output, [f"FROM ./{output.name}"], file.adds_bos, tuned)
+    notes += _write_modelfile(output, [f"FROM ./{output.name}"], report.adds_bos, tuned)
     return _paragraph(summary, notes, output, f"-m {output.as_posix()}")
 
 
@@ -118,9 +117,9 @@ def _write_adapter(output: Path, llama_cpp: Path, tuned: Tuned) -> str:
 def _write_modelfile(gguf: Path, start: list[str], adds_bos: bool, tuned: Tuned) -> list[str]:
     """Write the Modelfile beside `gguf`; returns notes for a person."""
     config, path = tuned.config, gguf.with_suffix(".Modelfile")
-    file = modelfile(start, tuned.fmt, adds_bos, tuned.system, config.generation, config.data.max_length)
-    write_text(path, f"{_OURS}ollama create {gguf.stem.lower()} -f {path.name}\n{file.text}")
-    return file.notes
+    text, notes = modelfile(start, tuned.fmt, adds_bos, tuned.system, config.generation, config.data.max_length)
+    write_text(path, f"{_OURS}ollama create {gguf.stem.lower()} -f {path.name}\n{text}")
+    return notes
 
 
 def _paragraph(summary: str, notes: list[str], gguf: Path, options: str) -> str:
@@ -129,12 +128,6 @@ def _paragraph(summary: str, notes: list[str], gguf: Path, options: str) -> str:
         ("llama.cpp", f"llama-server {options} --jinja"),
     ]
     return "\n".join([summary, *(f"Note: {note}." for note in notes), table(commands)])
-
-
-# --- character card ---------------------------------------------------------------------------------------------------
-# A character card, version 2: the persona for SillyTavern and other front ends of role play.
-#
-# Form: https://github.com/malfoyslastname/character-card-spec-v2/blob/main/spec_v2.md; all its fields are required.
 
 
 def _write_card(options: Namespace, tuned: Tuned) -> str:
@@ -159,8 +152,9 @@ def _write_card(options: Namespace, tuned: Tuned) -> str:
 def character_card(
     name: str, system: str | None, greeting: str, examples: Sequence[Sequence[Message]], model: str
 ) -> JsonObject:
-    """The card of the persona `name`, whose tuned model is called `model`.
+    """The character card, version 2, of the persona `name`, whose tuned model is called `model`.
 
+    Form: https://github.com/malfoyslastname/character-card-spec-v2/blob/main/spec_v2.md; all its fields are required.
     The system prompt is in `system_prompt` only, which front ends send instead of their own: the model was trained with
     this text in this place, and a description would be sent beside it.
     """

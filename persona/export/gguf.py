@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from persona.errors import DataError, EnvironmentFault, UsageError
 from persona.export.gguf_check import (
     GGUFReport,
-    adds_bos,
     arrangement,
     check_metadata,
     compare_weights,
@@ -41,17 +39,6 @@ from persona.model.folders import tensor_index
 from persona.model.render import ChatFormat
 
 
-@dataclass(frozen=True)
-class ModelFile:
-    """A GGUF file of a whole model that was compared with it."""
-
-    report: GGUFReport
-    adds_bos: bool
-    """Whether runtimes put the begin token before a prompt by themselves."""
-    corrections: list[str]
-    """The values corrected in its metadata, one sentence each."""
-
-
 def check_output(output: Path, inputs: list[Path]) -> None:
     """Raise `UsageError` if `output` cannot be a GGUF file that we write: its name, a folder, a place in `inputs`."""
     if output.suffix != ".gguf":
@@ -63,10 +50,13 @@ def check_output(output: Path, inputs: list[Path]) -> None:
             raise UsageError(f"{output} is inside {folder}, which the conversion reads; choose another place.")
 
 
-def convert_model(model: Path, output: Path, llama_cpp: Path, outtype: str, fmt: ChatFormat) -> ModelFile:
+def convert_model(
+    model: Path, output: Path, llama_cpp: Path, outtype: str, fmt: ChatFormat
+) -> tuple[GGUFReport, list[str]]:
     """Write the Hugging Face folder `model` as `output`, complete and compared or not at all.
 
-    Raises `EnvironmentFault` when llama.cpp fails, `DataError` when its file is not the model.
+    Returns the comparison, and a sentence for each corrected value. Raises `EnvironmentFault` when llama.cpp fails,
+    `DataError` when its file is not the model.
     """
     script = check_checkout(llama_cpp, MODEL_SCRIPT)
     weights = sum(math.prod(info["shape"]) for _, _, info in tensor_index(model).values())
@@ -76,13 +66,12 @@ def convert_model(model: Path, output: Path, llama_cpp: Path, outtype: str, fmt:
         return _compared(staging, model, fmt)
 
 
-def _compared(path: Path, model: Path, fmt: ChatFormat) -> ModelFile:
+def _compared(path: Path, model: Path, fmt: ChatFormat) -> tuple[GGUFReport, list[str]]:
     corrections = correct_metadata(path, fmt)
     reader = open_gguf(path)  # its end closes the file: Windows cannot rename one that is mapped
-    fields = fields_of(reader)
     report = compare_weights(reader, model)
-    check_metadata(fields, model, fmt)
-    return ModelFile(report, adds_bos(fields), corrections)
+    check_metadata(fields_of(reader), model, fmt)
+    return report, corrections
 
 
 def convert_adapter(adapter: Path, base: Path, output: Path, llama_cpp: Path) -> int:

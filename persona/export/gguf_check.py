@@ -1,6 +1,8 @@
 """A GGUF file, reopened and compared with its model: weights, sizes, vocabulary, end tokens, chat template.
 
-Layout and names of the fields: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Layout and names of the fields: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A model that answers well in
+training but never stops or answers gibberish in a runtime mostly differs in its metadata: the chat template, the token
+that ends a reply, the begin token, or the type of a token. They are corrected if one value is enough.
 """
 
 import re
@@ -57,6 +59,8 @@ class GGUFReport:
     """Tensors that could not be compared, because it is not known here how the converter arranges them."""
     architecture: str
     type_name: str
+    adds_bos: bool
+    """Whether runtimes put the begin token before a prompt by themselves."""
 
 
 def open_gguf(path: Path, mode: Literal["r", "r+"] = "r") -> GGUFReader:
@@ -74,7 +78,8 @@ def fields_of(reader: GGUFReader) -> JsonObject:
 
 def compare_weights(reader: GGUFReader, model: Path) -> GGUFReport:
     """Compare every weight with the Hugging Face folder `model`; raises `DataError` naming the tensors that differ."""
-    config, architecture = text_config(model), str(fields_of(reader).get("general.architecture"))
+    config, fields = text_config(model), fields_of(reader)
+    architecture = str(fields.get("general.architecture"))
     to_gguf, tied = tensor_names(architecture, config), config.get("tie_word_embeddings")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     compared, problems, largest, index = set[str](), list[str](), 0.0, tensor_index(model)
@@ -98,7 +103,7 @@ def compare_weights(reader: GGUFReader, model: Path) -> GGUFReport:
     if problems:
         raise DataError(listed(problems))
     types = {tensor.tensor_type.name for tensor in reader.tensors if tensor.n_elements > 2**12} or {"F32"}
-    return GGUFReport(len(index), largest, unknown, architecture, "/".join(sorted(types)))
+    return GGUFReport(len(index), largest, unknown, architecture, "/".join(sorted(types)), adds_bos(fields))
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -207,13 +212,6 @@ def _error(expected: np.ndarray, stored: np.ndarray, type_: GGMLQuantizationType
     if not np.isfinite(stored).all() or (difference > allowed).any():
         return None
     return float(difference.max(initial=0))
-
-
-# --- gguf metadata ----------------------------------------------------------------------------------------------------
-# The metadata of a GGUF file, compared with the model as it was trained, and corrected if one value is enough.
-#
-# A model that answers well in training but never stops or answers gibberish in a runtime mostly differs in one of
-# these: the chat template, the token that ends a reply, the begin token, or the type of a token.
 
 
 # Tokens that llama.cpp takes as the end of a reply by their text, whatever the metadata say (src/llama-vocab.cpp)

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from typing import Any
 from gguf import MODEL_TENSOR, TensorNameMap
 from safetensors import safe_open
 
-from persona.errors import EnvironmentFault, PersonaError, UsageError
+from persona.errors import EnvironmentFault, UsageError
 from persona.files import JsonObject
 from persona.model.folders import read_config, tensor_index
 
@@ -34,9 +35,9 @@ def check_checkout(folder: Path, script: str) -> Path:
     path = folder.expanduser() / script
     if path.is_file():
         return path
-    found = "it does not exist" if not folder.expanduser().is_dir() else f"it holds no {script}"
+    fault = "it does not exist" if not folder.expanduser().is_dir() else f"it holds no {script}"
     raise UsageError(
-        f"--llama-cpp {folder}: {found}. Give the folder of llama.cpp's source, which holds its converters: "
+        f"--llama-cpp {folder}: {fault}. Give the folder of llama.cpp's source, which holds its converters: "
         "`git clone --depth 1 https://github.com/ggml-org/llama.cpp`. (Programs alone, as in its releases, cannot "
         "convert.)"
     )
@@ -75,8 +76,8 @@ def _sources(folder: Path) -> list[str]:
 def _named(model: Path, kind: MODEL_TENSOR) -> tuple[str, list[int]] | None:
     """The tensor of `model` that is its input or output embedding, by the names that llama.cpp knows."""
     known = {f"{name}.weight" for name in TensorNameMap.mappings_cfg[kind]}
-    found = [(name, info["shape"]) for name, (_, _, info) in tensor_index(model).items() if name in known]
-    return found[0] if found else None
+    shapes = ((name, info["shape"]) for name, (_, _, info) in tensor_index(model).items() if name in known)
+    return next(shapes, None)
 
 
 def _check_vocabulary(model: Path, config: JsonObject, tokenizer: Any) -> None:
@@ -141,11 +142,9 @@ def _check_pre_tokenizer(model: Path, tokenizer: Any, sources: Iterable[str], fo
 
 def check_space(output: Path, weights: int, outtype: str) -> None:
     """Raise `EnvironmentFault` when the disk of `output` has no room for `weights` numbers of type `outtype`."""
-    from shutil import disk_usage
-
     place = next(folder for folder in output.resolve().parents if folder.is_dir())
     # 64 MiB for the vocabulary and the rest
-    needed, free = weights * _SIZES[outtype] + 2**26, disk_usage(place).free
+    needed, free = weights * _SIZES[outtype] + 2**26, shutil.disk_usage(place).free
     if needed > free:
         raise EnvironmentFault(
             f"{output} will need {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {place}. Make space, "
@@ -161,34 +160,31 @@ def run_converter(script: Path, arguments: list[str | Path]) -> None:
         command, capture_output=True, text=True, encoding="utf-8", errors="replace", env=os.environ | environment
     )
     if result.returncode != 0:
-        raise _explained(script, result.returncode, result.stderr + result.stdout)
+        code, output = result.returncode, result.stderr + result.stdout
+        lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+        errors = [line.strip() for line in lines if re.match(r"[\w.]*(Error|Exception|Fault)\b|ERROR", line)]
+        fault = [f"exit code {code}", *errors][-1]
+        tail = "\n".join(f"  | {line}" for line in lines[-6:])
+        raise EnvironmentFault(f"{script.name} failed: {fault}\n{_advice(script, code, output)}\n{tail}")
 
 
-def _explained(script: Path, code: int, said: str) -> PersonaError:
-    lines = [line.rstrip() for line in said.splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Fault)\b|ERROR", line)), "")
-    tail = "\n".join(f"  | {line}" for line in lines[-6:])
-    advice = _advice(script, code, said)
-    return EnvironmentFault(f"{script.name} failed: {(last or f'exit code {code}').strip()}\n{advice}\n{tail}")
-
-
-def _advice(script: Path, code: int, said: str) -> str:
-    if package := re.search(r"No module named '([\w.]+)'", said):
+def _advice(script: Path, code: int, output: str) -> str:
+    if package := re.search(r"No module named '([\w.]+)'", output):
         name = package[1].partition(".")[0]
         if name in ("conversion", "gguf"):
             return f"{script.parent} is not complete: copy or clone the whole of llama.cpp."
         return f"It needs the Python package {name}: pip install {name.replace('_', '-')}"
-    if "pre-tokenizer was not recognized" in said or "is not supported" in said:
+    if "pre-tokenizer was not recognized" in output or "is not supported" in output:
         return f"It does not know this model. {_UPDATE}"
-    if re.search(r"([Nn]ot found|Missing).*tokenizer\.model", said):
+    if re.search(r"([Nn]ot found|Missing).*tokenizer\.model", output):
         return (
             "It wants tokenizer.model. Copy that file from the base model's page into the base's folder and merge "
             "again; the tokenizer files travel as they are."
         )
-    if os.strerror(errno.ENOSPC) in said:
+    if os.strerror(errno.ENOSPC) in output:
         return "The disk is full. Make space, or name a file on another disk."
-    if "MemoryError" in said or code in (-9, 137):
+    if "MemoryError" in output or code in (-9, 137):
         return "The memory was full. Close other programs, and run it again."
-    if re.search(r"Can not map tensor|AttributeError|ImportError|unrecognized arguments|TypeError", said):
+    if re.search(r"Can not map tensor|AttributeError|ImportError|unrecognized arguments|TypeError", output):
         return f"This version of llama.cpp and this model or these libraries do not fit together. {_UPDATE}"
     return f"These are its last lines. If they say nothing to you: {_UPDATE}"

@@ -1,6 +1,11 @@
-"""A Modelfile: what `ollama create` needs to speak with a GGUF file as the model was trained to.
+"""A Modelfile, with which `ollama create` speaks with a GGUF file as the model was trained to.
 
 Form: https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx; how its reader treats a text: parser/parser.go.
+
+Its template is the chat template said in Go's template language. No compiler does it: conversations of marked messages
+are rendered, and the text between the marks is the text of the template. A Go template is built of these pieces and
+then proven: it has to give the chat template's text for other conversations, letter by letter. What cannot be proven is
+left out, and Ollama is told nothing wrong.
 """
 
 import os.path
@@ -13,14 +18,6 @@ from persona.config import Generation
 from persona.errors import PersonaError, UsageError
 from persona.export.go_template import render
 from persona.model.render import ChatFormat, Message, prompt_text
-
-# --- ollama template --------------------------------------------------------------------------------------------------
-# A chat template in Jinja -> the same in Go's template language, for Ollama, or the reason why there is none.
-#
-# No compiler: conversations of marked messages are rendered, and what stands between the marks is what the template
-# writes. A Go template is built of these pieces and then proven: it has to give the chat template's text for other
-# conversations, letter by letter. What cannot be proven is left out, and Ollama is told nothing wrong.
-
 
 _SYSTEM = "Zsystemz"
 _MARK = re.compile(r"Zsystemz|Zuserz\d|Zassistantz\d")
@@ -86,7 +83,7 @@ def _probe(system: bool, turns: int, greeting: bool = False) -> list[Message]:
 
 def _proofs(systems: Sequence[str], greeting: bool) -> list[list[Message]]:
     """Conversations of one, two, three and six turns unlike the probes, with every system prompt and without."""
-    said = (
+    exchanges = (
         ("Who goes there?", "Aye, who asks? {{ .System }} and {% if %} are but words."),
         ('"Quoted", and\n\ntwo lines;  two spaces', "你好，世界。\n\n- one\n- two"),
         ("## Title <b>bold</b> & \\n", "user\nassistant\nsystem"),
@@ -97,7 +94,7 @@ def _proofs(systems: Sequence[str], greeting: bool) -> list[list[Message]]:
         messages = [{"role": "system", "content": system}] if system else []
         messages += [{"role": "assistant", "content": "Hark."}] if greeted else []
         for turn in range(turns):
-            question, answer = said[turn % 3]
+            question, answer = exchanges[turn % 3]
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         conversations.append(messages[:-1])
     return conversations
@@ -216,18 +213,10 @@ def _escaped(character: str) -> str:
     return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
 
 
-@dataclass(frozen=True)
-class Modelfile:
-    """The text, and what a person should know of it, one sentence each."""
-
-    text: str
-    notes: list[str]
-
-
 def modelfile(
     start: Sequence[str], fmt: ChatFormat, adds_bos: bool, system: str | None, generation: Generation, context: int
-) -> Modelfile:
-    """The Modelfile that begins with the lines `start` (FROM, ADAPTER): template, system prompt, parameters.
+) -> tuple[str, list[str]]:
+    """The Modelfile that begins with the lines `start` (FROM, ADAPTER), and notes for a person, one sentence each.
 
     `context` is the longest conversation in tokens that was trained. A template that cannot be said in Go's language,
     and a system prompt that Ollama would read otherwise, are left out with a note.
@@ -235,7 +224,8 @@ def modelfile(
     lines, notes = list(start), []
     prompt = _stripped_as(fmt, system) if system else None
     try:
-        lines.append(f"TEMPLATE {_quoted(ollama_template(fmt, adds_bos, [prompt] if prompt else []))}")
+        template = ollama_template(fmt, adds_bos, [prompt] if prompt else [])
+        lines.append(f'TEMPLATE """{template}"""')
     except Inexpressible as reason:
         notes.append(
             f"The chat template has no form in Ollama's language ({reason}), so the Modelfile has none: Ollama will "
@@ -248,12 +238,8 @@ def modelfile(
             "each conversation, or take that out of the prompt and train again"
         )
     elif prompt:
-        lines.append(f"SYSTEM {_quoted(prompt)}")
-    return Modelfile("\n".join([*lines, *_parameters(fmt, generation, context)]) + "\n", notes)
-
-
-def _quoted(text: str) -> str:
-    return f'"""{text}"""'
+        lines.append(f'SYSTEM """{prompt}"""')
+    return "\n".join([*lines, *_parameters(fmt, generation, context)]) + "\n", notes
 
 
 def _stripped_as(fmt: ChatFormat, system: str) -> str:

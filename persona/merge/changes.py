@@ -4,8 +4,9 @@
 the layers of GPT-2 and for embeddings.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -14,25 +15,24 @@ from torch import nn
 from persona.config import Quantization
 
 
-class Change(Protocol):
-    """A change of a tensor. `whole` says that it needs all rows at once, as the norm of a column does."""
+class Change(ABC):
+    """A change of a tensor."""
 
-    @property
-    def whole(self) -> bool: ...
+    whole = False
+    """Whether it needs all rows at once, as the norm of a column does."""
 
+    @abstractmethod
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """The changed `rows` (float32, from row `start` on); `rows` may be changed in place."""
-        ...
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Change):
     """W + scaling * left right (LoRA, arXiv 2106.09685)."""
 
     left: torch.Tensor  # (rows, r), or (experts, rows, r) for weights in which experts are stacked
     right: torch.Tensor  # (r, columns), or (experts, r, columns)
     scaling: float
-    whole: bool = False
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """See `Change`."""
@@ -48,34 +48,28 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Decomposed:
+class Decomposed(Change):
     """Magnitude times the direction of W + scaling * left right (DoRA, arXiv 2402.09353)."""
 
     direction: LowRank
     magnitude: torch.Tensor
-    by_column: bool
+    whole: bool
     """Whether the magnitude belongs to a column of the stored tensor, not to a row."""
-
-    @property
-    def whole(self) -> bool:
-        """See `Change`."""
-        return self.by_column
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """See `Change`."""
         rows = self.direction.apply(rows, start)
-        if self.by_column:
+        if self.whole:
             return rows.mul_(self.magnitude.float() / torch.linalg.norm(rows, dim=0))
         factors = self.magnitude[start : start + len(rows)].float() / torch.linalg.norm(rows, dim=1)
         return rows.mul_(factors[:, None])
 
 
 @dataclass(frozen=True)
-class Replaced:
+class Replaced(Change):
     """Weights that were trained whole (`modules_to_save`, `bias`)."""
 
     values: torch.Tensor
-    whole: bool = False
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """See `Change`."""
@@ -83,12 +77,11 @@ class Replaced:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Change):
     """Single rows that were trained whole (`trainable_token_indices`)."""
 
     indices: torch.Tensor
     values: torch.Tensor
-    whole: bool = False
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """See `Change`."""
@@ -97,20 +90,14 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Added:
+class Added(Change):
     """A sum with a tensor of the same shape (`lora_bias`)."""
 
     values: torch.Tensor
-    whole: bool = False
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """See `Change`."""
         return rows.add_(self.values[start : start + len(rows)].float())
-
-
-# --- 4 bits -----------------------------------------------------------------------------------------------------------
-# The weights that training in 4 bits computed with. Whether an adapter is better merged into these or into the original
-# ones is disputed (axolotl #1263, unsloth-zoo #810, peft #2105): `--compare-bases` measures it.
 
 
 @dataclass(frozen=True)
@@ -122,13 +109,17 @@ class FourBits:
 
 
 @dataclass(frozen=True)
-class Dequantized:
-    """W quantized to 4 bits and back by bitsandbytes, as `persona.model.loading.load_base` holds it."""
+class Dequantized(Change):
+    """W quantized to 4 bits and back by bitsandbytes, as `persona.model.loading.load_base` holds it.
+
+    Whether an adapter is better merged into these weights or into the original ones is disputed (axolotl #1263,
+    unsloth-zoo #810, peft #2105): `--compare-bases` measures it.
+    """
 
     four_bits: FourBits
     transposed: bool
     """Whether the stored tensor is the transpose of the quantized one (GPT-2's Conv1D)."""
-    whole: bool = True
+    whole = True
 
     def apply(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         """See `Change`."""

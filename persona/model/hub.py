@@ -35,20 +35,19 @@ def _snapshot(repo_id: str, fallback: str) -> Path:
         pass
     try:
         HfApi().model_info(repo_id, timeout=HUB_TIMEOUT_SECONDS)
-        return check_model_folder(
-            Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-        )
+        folder = snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+        return check_model_folder(Path(folder))
     except GatedRepoError:
         raise EnvironmentFault(
             f"{repo_id} is gated: accept its licence at {constants.ENDPOINT}/{repo_id}, then run `hf auth login`."
         ) from None
     except RepositoryNotFoundError:
         raise UsageError(f"{repo_id} does not exist on {constants.ENDPOINT}, or needs `hf auth login`.") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise _hub_fault(repo_id, fallback, cached, error) from None
     except Exception as error:
         # the hub client lets its HTTP library's own exceptions through; which library that is has changed before
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3", "anyio")):
+        libraries = ("httpx", "httpcore", "requests", "urllib3", "anyio")
+        known = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError)
+        if not known and not type(error).__module__.startswith(libraries):
             raise
         raise _hub_fault(repo_id, fallback, cached, error) from None
 

@@ -180,13 +180,11 @@ def keep_gradients_in_4bit(model: nn.Module) -> None:
 
 def linear_names(model: Any) -> list[str]:
     """The last parts of the linear layers' names, without the output layer, in order of appearance."""
-    head = model.get_output_embeddings()
-    names = {
-        name.rpartition(".")[2]: None for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
-    }
-    if not names:  # GPT-2 has its own Conv1D in their place
-        names = {n.rpartition(".")[2]: None for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-    return list(names)
+    inner = [(name, module) for name, module in model.named_modules() if module is not model.get_output_embeddings()]
+    linear = [name for name, module in inner if isinstance(module, nn.Linear)]
+    # GPT-2 has its own Conv1D in their place
+    names = linear or [name for name, module in inner if type(module).__name__ == "Conv1D"]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
@@ -237,7 +235,8 @@ def shard_base(model: Any, device: torch.device, count: int) -> None:
     the same as without. Raises `UsageError` for an unknown architecture.
     """
     base = model.get_base_model()
-    layers = max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=_weights, default=None)
+    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList))
+    layers = max(lists, key=lambda one: sum(weight.numel() for weight in one.parameters()), default=None)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     if layers is None or decoder is None or decoder is base:
         raise UsageError(f"FSDP cannot share out a {base.config.model_type} model; train it without.")
@@ -248,10 +247,6 @@ def shard_base(model: Any, device: torch.device, count: int) -> None:
     # Resharded after every pass, the embedding too: else process 0 would do so alone when it saves
     for module in (*layers, decoder):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
 
 
 def peak_memory_gib(device: torch.device) -> float:

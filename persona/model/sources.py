@@ -13,7 +13,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -180,22 +179,16 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         raise UsageError(
             f"{path}: transformers cannot unpack this GGUF file ({error}). Use the model's original 16-bit folder."
         ) from None
-    _forget_quantization(model)
+    # save_pretrained refuses a model that carries a GGUF quantizer, although the weights are plain float16 by now
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(mark, None)
+    vars(model.config).pop("quantization_config", None)
     model.config.__dict__.pop("_model_name_or_path", None)  # the GGUF's internal title, no setting of the model
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     with appearing(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-
-
-def _forget_quantization(model: Any) -> None:
-    # save_pretrained refuses a model that carries a GGUF quantizer, although the weights are plain float16 by now
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(model, mark):
-            delattr(model, mark)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def load_offsets(name: str) -> Callable[[str], list[tuple[int, int]]]:

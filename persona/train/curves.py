@@ -49,7 +49,6 @@ DARK = Theme("#191a1c", "#e6e3de", "#a09a91", "#3a3c40", "#a9a39a", "#7fb4dc", 5
 # Paul Tol's bright scheme without its grey, in an order that keeps neighbours apart for colour-blind eyes too.
 _PALETTE = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#66ccee")
 _MARKERS_UP_TO = 40  # with fewer points every one is worth seeing; with more they merge into a band
-_FONT = "DejaVu Sans"  # comes with matplotlib, so it is always there
 # A collection (.ttc) goes by the name of its first face: Debian's Noto CJK is "JP", and has the Chinese characters too.
 _CJK_FONTS = """Noto Sans CJK SC,Noto Sans SC,Noto Sans CJK JP,Source Han Sans SC,Source Han Sans CN,Microsoft YaHei,
 PingFang SC,PingFang HK,Hiragino Sans GB,DengXian,SimHei,SimSun,Heiti TC,STHeiti,WenQuanYi Micro Hei,WenQuanYi Zen Hei,
@@ -240,15 +239,10 @@ def _marker(values: Sequence[float], single: bool = False) -> str:
 
 
 @cache
-def _cjk_font() -> str | None:
-    installed = set(font_manager.get_font_names())
-    return next((font for font in _CJK_FONTS if font in installed), None)
-
-
 def _families() -> list[str]:
-    """The fonts, in the order in which matplotlib looks for a character."""
-    cjk = _cjk_font()
-    return [_FONT, cjk] if cjk else [_FONT]
+    """The fonts, in the order in which matplotlib looks for a character: its own, and one with Chinese ones."""
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *[font for font in _CJK_FONTS if font in installed][:1]]
 
 
 @cache

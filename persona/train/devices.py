@@ -210,6 +210,8 @@ def joined() -> Iterator[Devices]:
         yield ALONE
         return
     devices = _join(count, sharded)
+    import torch
+
     try:
         try:
             _refuse_unsupported()
@@ -219,7 +221,8 @@ def joined() -> Iterator[Devices]:
             raise
         except Exception as error:
             if devices.in_passes:
-                raise _lost(error) from None
+                gone = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+                raise (Unreachable(error) if gone else error) from None
             devices.tell(error)
     except (EndedTogether, KeyboardInterrupt) as error:
         if devices.local_rank:
@@ -228,8 +231,6 @@ def joined() -> Iterator[Devices]:
     finally:
         # The launcher terminates the others once the first process has ended with an error: let each end by itself.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        import torch
-
         torch.distributed.destroy_process_group()  # gloo's threads abort a process that ends without
 
 
@@ -283,11 +284,3 @@ def _join(count: int, sharded: bool) -> Devices:
     nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
     return Devices(torch.distributed.get_rank(), count, int(os.environ["LOCAL_RANK"]), sharded)
-
-
-def _lost(error: Exception) -> Exception:
-    """`Unreachable` if `error` comes from the end of another process, else `error` itself."""
-    import torch
-
-    gone = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-    return Unreachable(error) if gone else error

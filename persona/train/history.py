@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +45,10 @@ class History:
 def read_history(path: Path) -> History:
     """The history in a run folder, a metrics.jsonl or a trainer_state.json."""
     file = _history_file(path)
-    text = _text(file)
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
     if file.suffix == ".jsonl":
         lines = list(_metrics_lines(file, text))
         keys = ("train/loss", "eval/loss", "train/learning_rate")
@@ -70,20 +72,13 @@ def _history_file(path: Path) -> Path:
     for file in (path / _OURS, path / _TRANSFORMERS):
         if file.is_file():
             return file
-    found = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
-    listing = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    listing = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     inside = sorted(file.parent for pattern in (_OURS, _TRANSFORMERS) for file in path.glob(f"*/{pattern}"))
     hint = f"Did you mean {' or '.join(map(str, inside[:3]))}?" if inside else _EXPECTED
     raise UsageError(
         f"{path}: neither {_OURS} nor {_TRANSFORMERS} in this folder, found {listing or 'nothing'}. {hint}"
     )
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}.") from error
 
 
 def _metrics_lines(file: Path, text: str) -> Iterator[tuple[str, JsonObject]]:
@@ -141,13 +136,10 @@ def _name(file: Path) -> str:
 
 def told_apart(histories: Sequence[History]) -> list[History]:
     """The same histories; of several runs with one name, each after the first gets a number."""
-    seen: Counter[str] = Counter()
-    result = []
-    for history in histories:
-        seen[history.name] += 1
-        count = seen[history.name]
-        result.append(history if count == 1 else replace(history, name=f"{history.name} ({count})"))
-    return result
+    names = [history.name for history in histories]
+    counts = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    numbered = zip(histories, counts, strict=True)
+    return [one if count == 1 else replace(one, name=f"{one.name} ({count})") for one, count in numbered]
 
 
 def smooth(values: Sequence[float], factor: float) -> list[float]:

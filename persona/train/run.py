@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from persona.config import Config, dump_config
-from persona.console import dim, duration, excerpt, green, safe, table
+from persona.console import GREEN, GREY, duration, excerpt, painted, safe, table
 from persona.engine.trial import keep_rows, prepare_layout
 from persona.errors import UsageError
 from persona.files import JsonObject, write_json, write_text
@@ -196,7 +196,7 @@ def show_examples(material: Material, count: int, colour: bool) -> str:
             f"--- example {number}: {len(example.prompt_ids)} tokens of context, {len(example.reply_ids)} learned ---"
         )
         marked = reply if colour else f"⟦{reply}⟧"
-        blocks.append(f"{head}\n{dim(prompt, colour)}{green(marked, colour)}\n")
+        blocks.append(f"{head}\n{painted(prompt, GREY, colour)}{painted(marked, GREEN, colour)}\n")
     return "\n".join(blocks)
 
 

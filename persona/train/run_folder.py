@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from persona.config import Config
 from persona.console import table
@@ -22,16 +23,11 @@ from persona.model.adapters import TOKENIZER_FILES, public_name
 from persona.model.folders import fingerprint
 
 # Settings that may differ when a run is continued: they change files or later use, not the weights
-FREE_SETTINGS = (
-    "training.max_tokens_per_pack",
-    "training.gradient_checkpointing",
-    "training.logging_steps",
-    "training.save_steps",
-    "training.output_dir",
-    "evaluation.max_tokens_per_pack",
-    "evaluation.sample_prompts",
-)
-FREE_SECTIONS = ("generation", "export")
+_NOT_LEARNED: Any = {
+    "training": {"max_tokens_per_pack", "gradient_checkpointing", "logging_steps", "save_steps", "output_dir"},
+    "evaluation": {"max_tokens_per_pack", "sample_prompts"},
+    **{"generation": True, "export": True},
+}
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 _START_OVER = "Start over with --resume never, which sets the earlier run aside"
 
@@ -97,17 +93,11 @@ def identity_of(config: Config, base: Path, system: str | None, day: date, resol
 
     `resolved` says what `auto` means here: device, precision and optimizer.
     """
-    learned = config.model_dump()
-    for section in FREE_SECTIONS:
-        del learned[section]
-    for setting in FREE_SETTINGS:
-        section, _, key = setting.partition(".")
-        del learned[section][key]
     data = config.data
     files = (data.train_file, data.validation_file, data.lore_file, config.model.chat_template)
     return {
         "date": day.isoformat(),
-        "settings": learned,
+        "settings": config.model_dump(exclude=_NOT_LEARNED),
         "data_sha256": {name: file_sha256(Path(name)) for name in files if name is not None},
         "system_prompt": system,
         "resolved": resolved,

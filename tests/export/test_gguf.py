@@ -107,11 +107,11 @@ def metadata(folder):
 
 @pytest.mark.parametrize("outtype", ["f16", "q8_0"])
 def test_a_file_that_is_the_model_is_put_in_place(convert, model, outtype, tmp_path):
-    made = convert(outtype=outtype)
-    assert made.report.tensors == len(load_file(model / "model.safetensors"))
-    assert made.report.unknown == 0
-    assert not made.adds_bos
-    assert (made.report.largest_error == 0) == (outtype == "f16")
+    report, corrections = convert(outtype=outtype)
+    assert report.tensors == len(load_file(model / "model.safetensors"))
+    assert report.unknown == 0
+    assert not report.adds_bos
+    assert (report.largest_error == 0) == (outtype == "f16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["出 out.gguf"]
     assert metadata(tmp_path)["general.name"] == "出 out"
 
@@ -148,22 +148,22 @@ def test_q8_0_with_other_values_is_refused(convert):
 
 
 def test_begin_and_end_tokens_that_training_never_saw_are_put_right(convert, tmp_path):
-    made = convert("bos")
+    report, corrections = convert("bos")
     assert not metadata(tmp_path)["tokenizer.ggml.add_bos_token"]
-    assert not made.adds_bos
-    assert "begin token" in made.corrections[0]
-    made = convert("eos")
+    assert not report.adds_bos
+    assert "begin token" in corrections[0]
+    report, corrections = convert("eos")
     assert not metadata(tmp_path)["tokenizer.ggml.add_eos_token"]
-    assert "end token" in made.corrections[0]
+    assert "end token" in corrections[0]
 
 
 def test_an_end_token_that_no_runtime_knows_becomes_the_end_token(convert, checkout, tmp_path):
     template = TEMPLATES["chatml_default"].replace("<|im_end|>", "<|fin|>")
     own = tokenizer(["<|endoftext|>", "<|im_start|>", "<|fin|>"], template, "<|endoftext|>")
     folder = save_model(tmp_path / "own", "llama", own, "float16")
-    made = convert(folder=folder, spoken=chat_format(own))
+    report, corrections = convert(folder=folder, spoken=chat_format(own))
     assert metadata(tmp_path)["tokenizer.ggml.eos_token_id"] == own.convert_tokens_to_ids("<|fin|>")
-    assert "<|fin|>" in made.corrections[0]
+    assert "<|fin|>" in corrections[0]
 
 
 def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, tmp_path):
@@ -181,8 +181,8 @@ def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, 
 
 def test_of_an_architecture_that_is_not_known_what_differs_is_counted(convert, model, tmp_path):
     other = copied(model, tmp_path / "other", model_type="newest")
-    made = convert(folder=other)
-    assert made.report.unknown == 4  # q and k of two layers
+    report, corrections = convert(folder=other)
+    assert report.unknown == 4  # q and k of two layers
 
 
 # --- the adapter alone ------------------------------------------------------------------------------------------------
@@ -413,8 +413,8 @@ def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, t
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(embedded / name, folder / name)
     check_model(folder, spoken, source)
-    file = convert_model(folder, tmp_path / "m.gguf", source, outtype, fmt)
-    assert file.report.unknown == 0
+    report, _ = convert_model(folder, tmp_path / "m.gguf", source, outtype, fmt)
+    assert report.unknown == 0
     layers = None if architecture != "gpt2" else ["c_attn", "c_proj", "c_fc"]
     adapter = trained(folder, tmp_path / "adapter", layers, fan_in_fan_out=architecture == "gpt2")
     assert convert_adapter(adapter, folder, tmp_path / "a.gguf", source) > 0

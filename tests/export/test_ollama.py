@@ -179,10 +179,10 @@ def test_a_template_with_rules_of_its_own_is_left_out_and_said(name):
     fmt = chat_format(tokenizer(template=UNLIKE[name], **FAMILIES["qwen3"]))
     with pytest.raises(Inexpressible):
         ollama_template(fmt, False)
-    made = modelfile(["FROM ./x.gguf"], fmt, False, "You are Tamsin.", Generation(), 1024)
-    assert "TEMPLATE" not in made.text
-    assert 'SYSTEM """You are Tamsin."""' in made.text
-    assert "--jinja" in made.notes[0]
+    text, notes = modelfile(["FROM ./x.gguf"], fmt, False, "You are Tamsin.", Generation(), 1024)
+    assert "TEMPLATE" not in text
+    assert 'SYSTEM """You are Tamsin."""' in text
+    assert "--jinja" in notes[0]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -202,9 +202,9 @@ def read_as_ollama(text):
 def test_ollama_reads_what_was_meant(name):
     fmt = loaded(name)
     settings = Generation(temperature=0.6, top_p=0.8, repetition_penalty=1.1, max_new_tokens=99)
-    made = modelfile(["FROM ./t.gguf", "ADAPTER ./a.gguf"], fmt, False, SYSTEM, settings, 777)
-    found = read_as_ollama(made.text)
-    assert not made.notes
+    text, notes = modelfile(["FROM ./t.gguf", "ADAPTER ./a.gguf"], fmt, False, SYSTEM, settings, 777)
+    found = read_as_ollama(text)
+    assert not notes
     assert (found["FROM"], found["ADAPTER"]) == (["./t.gguf"], ["./a.gguf"])
     messages = [{"role": "system", "content": found["SYSTEM"][0]}, {"role": "user", "content": "Who?"}]
     asked = [{"role": "system", "content": SYSTEM}, messages[1]]
@@ -218,21 +218,21 @@ def test_ollama_reads_what_was_meant(name):
 
 def test_a_system_prompt_that_the_template_strips_is_stripped():
     fmt = loaded("llama3")
-    made = modelfile(["FROM ./t.gguf"], fmt, True, "  You are Tamsin.\n", Generation(), 64)
-    assert 'SYSTEM """You are Tamsin."""' in made.text
-    assert "TEMPLATE" in made.text
+    text, notes = modelfile(["FROM ./t.gguf"], fmt, True, "  You are Tamsin.\n", Generation(), 64)
+    assert 'SYSTEM """You are Tamsin."""' in text
+    assert "TEMPLATE" in text
 
 
 @pytest.mark.parametrize(
-    ("text", "what"), [("　全角", "U\\+3000"), ('Say """ twice', "end it"), ("a\u200db", "U\\+200D")]
+    ("prompt", "what"), [("　全角", "U\\+3000"), ('Say """ twice', "end it"), ("a\u200db", "U\\+200D")]
 )
-def test_a_system_prompt_that_ollama_would_change_is_left_out_and_said(text, what):
-    made = modelfile(["FROM ./t.gguf"], loaded("chatml_default"), False, text, Generation(), 64)
-    assert "SYSTEM" not in made.text.replace("$.System", "")
-    assert re.search(what, made.notes[0])
+def test_a_system_prompt_that_ollama_would_change_is_left_out_and_said(prompt, what):
+    text, notes = modelfile(["FROM ./t.gguf"], loaded("chatml_default"), False, prompt, Generation(), 64)
+    assert "SYSTEM" not in text.replace("$.System", "")
+    assert re.search(what, notes[0])
 
 
 def test_without_a_system_prompt_there_is_none():
-    made = modelfile(["FROM ./t.gguf"], loaded("chatml_default"), False, None, Generation(temperature=0), 64)
-    assert "\nSYSTEM" not in made.text
-    assert "PARAMETER temperature 0" in made.text
+    text, notes = modelfile(["FROM ./t.gguf"], loaded("chatml_default"), False, None, Generation(temperature=0), 64)
+    assert "\nSYSTEM" not in text
+    assert "PARAMETER temperature 0" in text

@@ -55,7 +55,7 @@ def run_folder(tmp_path):
 @pytest.fixture
 def no_cjk_font(monkeypatch):
     def forget():
-        curves._cjk_font.cache_clear()
+        curves._families.cache_clear()
         curves._has_glyph.cache_clear()
 
     monkeypatch.setattr(curves, "_CJK_FONTS", ())

@@ -8,7 +8,7 @@ import pytest
 from making import evaluations
 from making.runs import config
 
-from persona.config import setting_names
+from persona.config import all_settings
 from persona.evaluate.results import (
     Answer,
     Copied,
@@ -184,7 +184,7 @@ def test_what_was_measured_is_judged_by_its_whole_interval(measured, kind, text)
     assert re.search(text, finding.text)
     assert (finding.advice is not None) == (kind in WRONG)
     if finding.advice:
-        assert any(name in finding.advice for name in setting_names())
+        assert any(name in finding.advice for name in all_settings())
 
 
 def test_what_was_not_measured_is_not_mentioned():
