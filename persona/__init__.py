@@ -1,1 +1,1 @@
-"""What the scripts of the persona toolkit share: one folder for each stage of the work; CONTRIBUTING.md has the map."""
+"""The code that the scripts share: one folder for each stage of the work; CONTRIBUTING.md has the map."""

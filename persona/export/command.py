@@ -49,7 +49,9 @@ def check_options(options: Namespace, tuned: Tuned) -> None:
         raise UsageError(f"--gguf and --gguf-adapter name the same file, {options.gguf}.")
     for path in outputs:
         check_output(path, [tuned.base, tuned.adapter, tuned.merged])
-        _check_ours(path.with_suffix(".Modelfile"))
+        beside = path.with_suffix(".Modelfile")
+        if os.path.exists(beside) and not beside.read_text(encoding="utf-8", errors="replace").startswith(_OURS):
+            raise UsageError(f"{beside} exists and was not written by this script; move it, or name another GGUF file.")
     if options.gguf:
         check_checkout(options.llama_cpp, MODEL_SCRIPT)
         check_model(tuned.base, tuned.fmt.tokenizer, options.llama_cpp.expanduser())
@@ -65,11 +67,6 @@ def check_options(options: Namespace, tuned: Tuned) -> None:
             f"--examples: the training data of this run, {train_file}, is not there. Run this in the folder in which "
             "you trained, or name the file with --set data.train_file=FILE."
         )
-
-
-def _check_ours(path: Path) -> None:
-    if os.path.exists(path) and not path.read_text(encoding="utf-8", errors="replace").startswith(_OURS):
-        raise UsageError(f"{path} exists and was not written by this script; move it, or name another GGUF file.")
 
 
 def write_files(options: Namespace, tuned: Tuned) -> Iterator[str]:

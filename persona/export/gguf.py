@@ -170,13 +170,9 @@ def _as_trained(model: Path, fmt: ChatFormat) -> Iterator[Path]:
     with scratch(whole.with_name(f".converting-{whole.name}")) as folder:
         for path in model.iterdir():
             if path.is_file() and path != settings:
-                _link(path.resolve(), folder / path.name)
+                try:
+                    os.link(path.resolve(), folder / path.name)
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, folder / path.name)
         write_json(folder / settings.name, values)
         yield folder
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)

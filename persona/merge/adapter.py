@@ -163,22 +163,22 @@ def _check_tensors(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    stored = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
-    known = shapes | {key: parameters[_plain(key)] for key in found if _plain(key) in parameters}
+    known = shapes | {key: parameters[_plain(key)] for key in stored if _plain(key) in parameters}
     layers = tuple(f"{name.rpartition('.')[0]}." for name in tied)
     optional = {key for key in shapes if _plain(key).startswith(layers)}
-    if strange := sorted(found.keys() - known.keys()):
+    if strange := sorted(stored.keys() - known.keys()):
         raise UsageError(
             f"{folder} changes {_plain(strange[0])}, which {base} does not have or the adapter's settings do not name "
             f"({len(strange)} such tensors): it belongs to another model, or cannot be merged here."
         )
-    if missing := sorted(shapes.keys() - found.keys() - optional):
+    if missing := sorted(shapes.keys() - stored.keys() - optional):
         raise UsageError(f"{folder}: {missing[0]} is missing ({len(missing)} in all); copy it again.")
-    if odd := sorted(key for key in found if found[key] != known[key]):
+    if odd := sorted(key for key in stored if stored[key] != known[key]):
         key = odd[0]
         raise UsageError(
-            f"{folder} holds {_plain(key)} of shape {[*found[key]]}, but with its settings and {base} it would be "
+            f"{folder} holds {_plain(key)} of shape {[*stored[key]]}, but with its settings and {base} it would be "
             f"{[*known[key]]}: it belongs to another model."
         )
 

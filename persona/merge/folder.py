@@ -47,14 +47,14 @@ def check_output(output: Path, base: Path, adapter: Path) -> None:
             raise UsageError(f"The output {output} cannot be a folder, since {path} is a file; {another}")
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"The output {output} is the current folder or holds it; {another}")
-    found = sorted(path.name for path in folder.iterdir()) if os.path.isdir(folder) else []
-    strange = [name for name in found if name not in _OWN_FILES and not _OWN_WEIGHTS.fullmatch(name)]
+    present = sorted(path.name for path in folder.iterdir()) if os.path.isdir(folder) else []
+    strange = [name for name in present if name not in _OWN_FILES and not _OWN_WEIGHTS.fullmatch(name)]
     if strange:
         names = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
         raise UsageError(
             f"{output} would be replaced, but holds files that no merge wrote: {names}. Move it, or {another}"
         )
-    if found and PERSONA not in found:
+    if present and PERSONA not in present:
         raise UsageError(f"{output} exists and is not a merged model of ours (no {PERSONA}); remove it, or {another}")
 
 

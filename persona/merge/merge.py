@@ -107,9 +107,6 @@ def _on_dequantized(adapter: Adapter, base: Path, four_bits: FourBits) -> Adapte
     return replace(adapter, changes=changes)
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Part:
     """The place of a checkpoint's tensor in the model: a parameter, or rows of one expert in a stacked parameter."""

@@ -57,17 +57,14 @@ def resolve_model(name: str) -> Path:
         return _unpacked(EMBEDDED, _unpack_embedded)
     if there:
         return check_model_folder(path) if path.is_dir() else _gguf_model(path)
+    beside_others = path.parent != Path() and os.path.isdir(path.parent)
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or path.suffix == ".gguf" or path.is_absolute()
-    if looks_local or _beside_others(path) or not _HUB_ID.fullmatch(name):
+    if looks_local or beside_others or not _HUB_ID.fullmatch(name):
         raise UsageError(_unknown_name(name, path))
     prepare_libraries(offline=False)
     from persona.model.hub import hub_model
 
     return hub_model(name, EMBEDDED)
-
-
-def _beside_others(path: Path) -> bool:
-    return path.parent != Path() and os.path.isdir(path.parent)
 
 
 def _unknown_name(name: str, path: Path) -> str:
@@ -77,7 +74,7 @@ def _unknown_name(name: str, path: Path) -> str:
     hint = f" Models in {parent.absolute()}: {', '.join(here[:8])}." if here else ""
     if close:
         hint = f" Did you mean {' or '.join(str(parent / match) for match in close)}?"
-    local = f" ({parent} is a folder here)" if _HUB_ID.fullmatch(name) and _beside_others(path) else ""
+    local = f" ({parent} is a folder here)" if _HUB_ID.fullmatch(name) and parent != Path() else ""
     return (
         f"model.name_or_path: {name!r} is neither {EMBEDDED!r}, nor an existing folder or GGUF file, nor a hub id of "
         f"the form owner/name{local}.{hint}"

@@ -25,12 +25,12 @@ def page(template: str, **values: Any) -> str:
 @cache
 def environment() -> Environment:
     """The jinja2 environment of all pages."""
-    made = Environment(
+    pages = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    made.globals |= {"asset": asset, "policy": policy, "embedded": embedded}
-    return made
+    pages.globals |= {"asset": asset, "policy": policy, "embedded": embedded}
+    return pages
 
 
 @cache

@@ -97,11 +97,6 @@ def generate(
         model.train(was_training)
 
 
-def margin_of(model: Any) -> float:
-    """The difference of two logits of `model` that rounding cannot turn."""
-    return MARGIN.get(model.get_input_embeddings().weight.dtype, MARGIN[torch.bfloat16])
-
-
 def families(prompts: Sequence[Sequence[int]], share: bool) -> Iterator[tuple[int, list[int]]]:
     """Prompts that begin alike: the length of their common prefix, and their numbers, the longest prompts first."""
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -305,8 +300,8 @@ def reply_to_all(
     """
     asked = _prompt_ids(speaker, prompts)
     different = list(dict.fromkeys(asked))  # no prompt twice
-    precision = str(speaker.model.get_input_embeddings().weight.dtype)
-    keys = {ids: finished.key(ids, decoding, adapter, precision) for ids in different} if finished else {}
+    dtype = speaker.model.get_input_embeddings().weight.dtype
+    keys = {ids: finished.key(ids, decoding, adapter, str(dtype)) for ids in different} if finished else {}
     replies = {ids: known for ids in different if finished and (known := finished.replies.get(keys[ids]))}
     missing = [ids for ids in different if ids not in replies]
     before, started = len(replies), time.perf_counter()
@@ -321,9 +316,10 @@ def reply_to_all(
 
     if missing:
         stops = stop_ids(speaker.model, speaker.fmt.end_id, speaker.fmt.tokenizer)
+        margin = MARGIN.get(dtype, MARGIN[torch.bfloat16])
         off = not adapter and speaker.kind == "adapter"
         with unpacked(speaker.model), speaker.model.disable_adapter() if off else nullcontext():
-            generate(speaker.model, missing, stops, decoding, batch_size, margin_of(speaker.model), done)
+            generate(speaker.model, missing, stops, decoding, batch_size, margin, done)
     return [replies[ids] for ids in asked]
 
 

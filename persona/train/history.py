@@ -107,8 +107,8 @@ def _log_history(file: Path, text: str) -> list[JsonObject]:
         raise DataError(f"{file}: not JSON ({error}), begins with {excerpt(text[:200], 40)!r}. {_EXPECTED}") from error
     entries = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        found = f"the keys {', '.join(state)}" if isinstance(state, dict) else f"a {type(state).__name__}"
-        raise DataError(f'{file}: no list of objects under "log_history", found {excerpt(found)}. {_EXPECTED}')
+        content = f"the keys {', '.join(state)}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise DataError(f'{file}: no list of objects under "log_history", found {excerpt(content)}. {_EXPECTED}')
     return entries
 
 
