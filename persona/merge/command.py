@@ -29,11 +29,10 @@ def _has_run(adapter: Path) -> bool:
 def merge_and_verify(
     config: Config, base: Path, adapter: Path, output: Path, verified: bool, compare_bases: bool
 ) -> Iterator[str]:
-    """Merge into `output`, and return the lines to print.
+    """Merge into `output`, compare with base + adapter if `verified`, and return the lines to print.
 
-    Without `verified` the merged model is not compared with base + adapter. With `compare_bases` the adapter is merged
-    into the original and into the dequantized weights, and the better merge is kept. Raises `EnvironmentFault` if the
-    memory cannot hold the model then.
+    With `compare_bases` the adapter is merged into the original and into the dequantized weights, and the better merge
+    is kept; raises `EnvironmentFault` if the memory cannot hold the model then.
     """
     proof = plan_proof(base, adapter, config.data if _has_run(adapter) else None) if verified else None
     if compare_bases and proof is None:

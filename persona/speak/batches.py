@@ -293,10 +293,10 @@ def reply_to_all(
     finished: ReplyFile | None,
     progress: Progress,
 ) -> list[Reply]:
-    """The reply to each of `prompts`, in their order; equal prompts get equal replies.
+    """The reply to each of `prompts`, in their order; equal prompts get equal replies; `finished` ones are kept.
 
-    `adapter` False switches it off. Replies in `finished` are not generated again. `progress` gets the numbers of done
-    and of all replies, and the seconds left when they are known. Raises `DataError` for a prompt that is too long.
+    `progress` gets the numbers of done and of all replies, and the seconds left when they are known. Raises `DataError`
+    for a prompt that is too long.
     """
     asked = _prompt_ids(speaker, prompts)
     different = list(dict.fromkeys(asked))  # no prompt twice
