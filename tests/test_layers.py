@@ -28,10 +28,9 @@ LIGHT = (
     *("train.history", "train.curves", "train.verdict"),
     *("evaluate.style", "evaluate.intervals", "evaluate.results", "evaluate.subject", "evaluate.predictions"),
 )
-LONGEST = 407  # lines of a module
-MOST_NAMES = 15  # modules and folders in a folder
-MOST_MODULES, MOST_LINES, MOST_UNTYPED = 100, 19_200, 72
-MOST_SILENT, MOST_RIDDLES, MOST_CARDS, MOST_HELPLESS = 3, 94, 8, 7
+LONGEST = 400  # lines of a module
+MOST_NAMES = 14  # modules and folders in a folder
+MOST_MODULES, MOST_LINES, MOST_UNTYPED = 100, 18_000, 40
 
 
 def files():
@@ -162,7 +161,7 @@ def test_everything_public_says_what_it_is():
     nodes = [(path, node) for path in modules() for node in documented(parse(path))]
     assert len(nodes) > 500
     silent = [f"{path}: {getattr(node, 'name', '')}" for path, node in nodes if not ast.get_docstring(node)]
-    assert len(silent) <= MOST_SILENT, silent
+    assert not silent
 
 
 def sayings(path):
@@ -183,7 +182,7 @@ def test_a_docstring_or_comment_names_its_thing():
     every = [(path, line, text) for path in modules() for line, text in sayings(path)]
     assert len(every) > 1000
     riddles = [f"{path}:{line}: {text}" for path, line, text in every if re.match(r"(Of|What)\b", text)]
-    assert len(riddles) <= MOST_RIDDLES, "\n".join(riddles)
+    assert not riddles, "\n".join(riddles)
 
 
 def test_a_card_is_the_character_card():
@@ -195,7 +194,7 @@ def test_a_card_is_the_character_card():
     lines = [(path, line) for path in rooms for line in path.read_text(encoding="utf-8").split("\n")]
     assert any(words.search(line) for path, line in lines if rooms[path] == "convert")
     others = [f"{p}: {line}" for p, line in lines if rooms[p] not in ("convert", "export") and words.search(line)]
-    assert len(others) <= MOST_CARDS, others
+    assert not others
 
 
 class Stopped(Exception):
@@ -226,7 +225,7 @@ def test_a_help_text_begins_with_a_noun_or_a_verb(monkeypatch):
     options = [option for name in SCRIPTS for option in options_of(name.removesuffix(".py"), monkeypatch)]
     assert len(options) > 60
     riddles = [o for o in options if not o.help or re.match(r"(of|what|that|whether)\b", o.help, re.IGNORECASE)]
-    assert len(riddles) <= MOST_HELPLESS, [(option.dest, option.help) for option in riddles]
+    assert not riddles, [(option.dest, option.help) for option in riddles]
 
 
 # --- the table in CONTRIBUTING.md -------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from persona.errors import DataError, UsageError
+from persona.evaluate.predictions import Prediction
 from persona.files import JsonObject, write_json, write_text
 from persona.pages import page
 from persona.records import CONTROL_TOKEN, is_chinese
@@ -38,16 +38,6 @@ _MARKUP = (
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Predicted(Protocol):
-    """A prompt and a side's reply to it."""
-
-    @property
-    def input(self) -> str: ...
-
-    @property
-    def predict(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Sheet:
     """The files of a sheet and of its key."""
@@ -67,8 +57,8 @@ class _Pair:
 
 
 def make_sheet(
-    first: Sequence[Predicted],
-    second: Sequence[Predicted],
+    first: Sequence[Prediction],
+    second: Sequence[Prediction],
     folder: Path,
     secret: str,
     *,
@@ -128,7 +118,7 @@ def make_sheet(
     return Sheet(folder / SHEET_NAME, folder / KEY_NAME, len(shown), len(pairs) - len(asked))
 
 
-def _pairs(first: Sequence[Predicted], second: Sequence[Predicted], names: tuple[str, str]) -> list[_Pair]:
+def _pairs(first: Sequence[Prediction], second: Sequence[Prediction], names: tuple[str, str]) -> list[_Pair]:
     again = "Predict both with the same file: python evaluate_model.py predict"
     if len(first) != len(second):
         raise DataError(f"{len(first)} predictions of {names[0]} but {len(second)} of {names[1]}. {again}")
