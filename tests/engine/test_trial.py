@@ -186,6 +186,38 @@ def test_large_scores_are_as_exact_as_in_scaled_dot_product_attention():
     assert all(ours < 2 * theirs + 0.003 for ours, theirs in zip(of_tree, of_mask, strict=True)), (of_tree, of_mask)
 
 
+def large_keys(dtype):
+    """A tree, and queries, keys and values for it; Qwen2.5's keys have biases of 150 and more."""
+    chance = torch.Generator().manual_seed(0)
+    packed = packing.pack(packing.plan_packs(cases()["history kept"], 10**6, True)[0], torch.device("cpu"), True, 64)
+    query, key, value = (torch.randn(packed.input_ids.numel(), n, 64, generator=chance) for n in (4, 2, 2))
+    key[..., ::8] += 150 * torch.randn(8, generator=chance).sign()
+    return packed.tree, [x.to(dtype).requires_grad_() for x in (query, key, value)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_scores_are_exact_under_autocast(dtype):
+    tree, inputs = large_keys(dtype)
+    right = tree_attention(*(x.float() for x in inputs), tree, 0.125)
+    with torch.autocast("cpu", dtype):
+        out = tree_attention(*inputs, tree, 0.125)
+    assert out.dtype == dtype
+    assert (out - right).norm() <= 0.005 * right.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_scores_in_float32(dtype, monkeypatch):
+    tree, inputs = large_keys(dtype)
+    results = []
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda *args: results.extend((args[0], softmax(*args))) or results[-1])
+    with torch.autocast("cpu", dtype):
+        out = tree_attention(*inputs, tree, 0.125)
+        assert [x.dtype for x in results] == [torch.float32] * 2 * len(tree)
+        out.sum().backward()
+    assert [x.dtype for x in results] == [torch.float32] * 4 * len(tree)
+
+
 # --- fused layers ----------------------------------------------------------------------------------------------------
 
 
