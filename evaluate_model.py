@@ -50,7 +50,7 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         return
     target = "folder of a run, adapter, checkpoint or merged model"
     if verb not in ("score", "ab-make"):
-        target += ", or file of replies (predictions.json, or .txt with a reply a line), measured as they are"
+        target += ", or file of replies to measure: predictions.json, or .txt with a reply a line in --data's order"
     if verb == "ab-make":
         parser.add_argument(
             "paths", nargs="*", metavar="PATH", help=f"folder of a run, or two predictions.json files (default: {RUN})"
@@ -66,7 +66,7 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         control = "conversations on which the model should not get worse: neutral, or another author's; may be repeated"
         parser.add_argument("--control", action="append", default=[], type=Path, metavar="FILE", help=control)
     if verb in ("predict", "style", "report"):
-        base = "replies of the base model to the same prompts, if PATH is a file of replies"
+        base = "replies of the base model, in the same order and format, if PATH is a file of replies"
         parser.add_argument("--base-texts", type=Path, metavar="FILE", help=base)
         size = "replies generated at a time; fewer need less memory (default: %(default)s)"
         parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help=size)
@@ -75,10 +75,12 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         text = limit.get(verb, "compare style on N conversations and ask N questions about the lore")
         parser.add_argument("--limit", type=positive, metavar="N", help=f"{text}, drawn at random (default: all)")
     if verb != "score":
-        parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the results (default: the run's)")
+        other = "that of the first file" if verb == "ab-make" else "outputs/NAME-evaluation"
+        folder = f"folder for the results (default: the run's, else {other})"
+        parser.add_argument("--output", type=Path, metavar="DIR", help=folder)
     settings = "JSON file of settings (default: the run's own, else config/default.json)"
     parser.add_argument("--config", type=Path, metavar="FILE", help=settings)
-    change = "change one setting, e.g. generation.temperature=0; may be repeated"
+    change = "change one setting, e.g. data.validation_file=val.jsonl; may be repeated"
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE", help=change
     )

@@ -39,7 +39,8 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--output", metavar="DIR", type=Path, help="folder for the results; an earlier conversion in it is replaced"
     )
     flags.add_argument("--preview", metavar="N", type=int, help="print the first N converted records; write nothing")
-    flags.add_argument("--check", action="store_true", help="report on train.jsonl and val.jsonl files; write nothing")
+    check = "report on INPUT, a train.jsonl or val.jsonl or their folder; write nothing"
+    flags.add_argument("--check", action="store_true", help=check)
     again = (
         "repeat the conversion that wrote this report.json, from the same files and into its folder if no others are "
         "given; other options change it, e.g. --seed 1, or --no-flat after --flat"

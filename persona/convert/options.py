@@ -92,7 +92,7 @@ class Speakers(Section):
     user_name: Annotated[Name | None, Flag("NAME")] = None
     """Name to put in place of {{user}} in cards and chats. In a WeChat export: the name that you have there."""
     context_turns: int = Field(default=4, ge=1, le=1000)
-    """Most lines of others kept before each reply; earlier ones are not used."""
+    """Most lines of others kept between two replies; earlier ones are not used."""
     max_exchanges: int = Field(default=8, ge=1, le=100_000)
     """Most exchanges (lines of others and the reply to them) in a record; a longer scene becomes several."""
     leading_assistant: Literal["drop", "keep"] = "drop"
@@ -132,11 +132,11 @@ class Lore(Section):
     lore_weight: float = Field(default=5.0, ge=1, le=100)
     """Copies of each lore record in train.jsonl; with 2.5, half of them are there twice and half three times."""
     background: Annotated[tuple[str, ...], Flag("TITLE")] = Several
-    """Title (its `input`) of a row in a character file that is background, besides 角色故事1, 更多描述, 角色详细
-    and 神之眼; may be repeated."""
+    """Title (its `input`) of a row in a character file that becomes lore, besides 角色故事1, 更多描述, 角色详细 and
+    神之眼; may be repeated."""
     drop_lines: Annotated[tuple[str, ...], BeforeValidator(_line_kinds), Flag("KINDS")] = ("notes", "silence", "marks")
     """Kinds of rows to leave out of a character file: thoughts (in brackets), notes (of the script), silence (dots
-    only), marks (symbols only); with commas between, or none."""
+    only), marks (symbols only); with commas between, instead of the default. none leaves all of them in."""
 
 
 class Tables(Section):
@@ -192,7 +192,7 @@ class Articles(Section):
 
     templates: Annotated[dict[str, float], BeforeValidator(_templates), Flag("LIST")] = dict.fromkeys(TEMPLATES, 1.0)
     """Tasks made of an article: continue its text, expand on a subject, rewrite plain text. Each with the share of the
-    chunks, 0 to 1; a task that is not named is off."""
+    pieces that get it, 0 to 1 (they need not add up to 1); a task that is not named is off."""
     author_prompt: Annotated[str, Flag("TEXT")] = "你是该公众号作者，保持其叙述节奏与转折。"
     """System prompt of records from articles, if there is no --system."""
     chunk_tokens: Annotated[tuple[int, int], BeforeValidator(_range), Flag("N-M", default="300-800")] = (300, 800)
