@@ -312,6 +312,10 @@ def test_from_predictions_to_a_scored_sheet(home, tmp_path, monkeypatch, capsys)
     assert (other["names"], len(other["pairs"])) == (["predictions", "predictions_base"], 3)
     assert {len(one["seed"]) for one in (key, other)} == {64}
     assert key["seed"] != other["seed"], "every sheet has a secret of its own"
+    for file in files:
+        file.rename(home / RUN / file.name)
+    assert script(monkeypatch, "ab-make", RUN, "--output", tmp_path / "apart") == 0, "the run's predictions are found"
+    assert (tmp_path / "apart" / "ab_key.json").is_file()
 
 
 @pytest.mark.parametrize(

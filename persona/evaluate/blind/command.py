@@ -35,13 +35,18 @@ def compare_blindly(
         first, second = map(Path, paths)
         names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
         return _made((first, second), names, output or first.parent, None, [], limit, report)
-    subject = read_subject(paths[0] if paths else None, config, list(overrides), data, output, None)
-    return sheet_of_run(subject, limit, report)
+    subject = read_subject(paths[0] if paths else None, config, list(overrides), data, None, None)
+    return sheet_of_run(subject, output, limit, report)
 
 
-def sheet_of_run(subject: Subject, limit: int | None, report: Report) -> Sheet:
-    """A sheet of a run's predictions and its base's; raises `UsageError` if these have not been made."""
-    tuned, base = (subject.output / name for name in (PREDICTIONS, BASE_PREDICTIONS))
+def sheet_of_run(subject: Subject, output: Path | None, limit: int | None, report: Report) -> Sheet:
+    """A sheet of a run's predictions and its base's; raises `UsageError` if these have not been made.
+
+    They are in `output` if predict wrote there too, else in the folder of the run, which is also the default output.
+    """
+    target = output or subject.output
+    source = target if (target / PREDICTIONS).is_file() else subject.output
+    tuned, base = (source / name for name in (PREDICTIONS, BASE_PREDICTIONS))
     for file in (tuned, base):
         if not file.is_file():
             raise UsageError(
@@ -51,7 +56,7 @@ def sheet_of_run(subject: Subject, limit: int | None, report: Report) -> Sheet:
     lines = {reply for record in subject.trained for reply in record.replies}
     examples = sorted(lines, key=lambda line: rank(subject.config.seed, line))[:TRUE_LINES]
     about = names.most_common(1)[0][0] or None
-    return _made((tuned, base), ("tuned", "base"), subject.output, about, examples, limit, report)
+    return _made((tuned, base), ("tuned", "base"), target, about, examples, limit, report)
 
 
 def _made(
