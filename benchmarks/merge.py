@@ -115,7 +115,7 @@ def measure(way: str, base: Path, adapter: Path, output: Path) -> dict[str, floa
     seconds, busy = time.perf_counter() - before, time.process_time() - busy
     import torch
 
-    from persona.model.loading import peak_memory_gib
+    from persona.model.device import peak_memory_gib
 
     return {"seconds": seconds, "busy": busy, "peak_gib": peak_memory_gib(torch.device("cpu"))}
 

@@ -54,14 +54,8 @@ def measure(layout: str, model: Path, data: Path, count: int, max_tokens: int) -
     from persona.engine.fused import fuse
     from persona.engine.loss import negative_log_likelihood
     from persona.engine.packing import pack, plan_packs
-    from persona.model.loading import (
-        add_adapter,
-        choose_device,
-        load_base,
-        load_tokenizer,
-        peak_memory_gib,
-        return_free_memory,
-    )
+    from persona.model.device import choose_device, peak_memory_gib, return_free_memory
+    from persona.model.loading import add_adapter, load_base, load_tokenizer
     from persona.model.render import Example, chat_format, render
     from persona.records import read_records
 

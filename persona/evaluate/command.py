@@ -78,7 +78,7 @@ def evaluate(request: Request, report: Report) -> None:
     for note in dict.fromkeys(note for subject in subjects for note in subject.notes):
         report(f"  note: {note}")
 
-    from persona.model.loading import enough_memory
+    from persona.model.device import enough_memory
 
     with enough_memory("Lower --batch-size and evaluation.max_tokens_per_pack, or take a smaller model."):
         if request.verb == "score":

@@ -14,8 +14,8 @@ from persona.evaluate.results import Sides
 from persona.evaluate.subject import Subject
 from persona.files import ADAPTER_WEIGHTS, file_sha256
 from persona.model.dataset import with_system
+from persona.model.device import choose_device, choose_precision
 from persona.model.folders import fingerprint
-from persona.model.loading import choose_device, choose_precision
 from persona.model.render import Message
 from persona.records import Record, rank
 from persona.speak.batches import Decoding, Progress, Reply, ReplyFile, greedy, reply_to_all

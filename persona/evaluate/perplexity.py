@@ -26,7 +26,7 @@ from persona.evaluate.results import FileScore, Matrix, Score, Sides
 from persona.evaluate.subject import Measured, Subject
 from persona.files import file_sha256
 from persona.model.dataset import Dataset, render_records
-from persona.model.loading import DTYPES
+from persona.model.device import DTYPES
 from persona.model.render import Example
 from persona.speak.batches import Progress
 from persona.train.metrics import perplexity

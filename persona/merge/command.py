@@ -11,7 +11,7 @@ from persona.files import read_json
 from persona.merge.changes import FourBits
 from persona.merge.merge import MergeReport, merge
 from persona.merge.verify import Proof, plan_proof
-from persona.model.loading import DTYPES
+from persona.model.device import DTYPES
 
 ORIGINAL, DEQUANTIZED = "the original 16-bit weights", "the dequantized 4-bit weights"
 

@@ -21,7 +21,8 @@ from persona.merge.adapter import skeleton
 from persona.merge.changes import FourBits, dequantized_weights
 from persona.model.adapters import read_persona
 from persona.model.dataset import render_records
-from persona.model.loading import enough_memory, load_adapter, load_base, trained_format
+from persona.model.device import enough_memory
+from persona.model.loading import load_adapter, load_base, trained_format
 from persona.model.render import ChatFormat, Example
 from persona.records import Record, read_records
 

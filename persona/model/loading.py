@@ -1,16 +1,11 @@
 """Tokenizer, base model in 4 or 16 bits, adapter and shards: the border to transformers, PEFT and bitsandbytes."""
 
-import ctypes
 import difflib
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
@@ -22,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from persona.config import Lora, Quantization
-from persona.errors import EnvironmentFault, OutOfMemory, UsageError
+from persona.errors import EnvironmentFault, UsageError
 from persona.files import AGAIN
 from persona.model.adapters import read_persona
+from persona.model.device import DTYPES
 from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format, freeze_date
 
 # PEFT 0.21 reads a property that transformers 5.23 deprecates
@@ -32,44 +28,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Texts that transformers has encoded otherwise than the tokenizer's own file says (transformers #45488)
 _PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "don't 3.14 é 你好，世界。", "\ttab (x)")
-
-
-@contextmanager
-def enough_memory(advice: str) -> Iterator[None]:
-    """Turn a lack of memory inside into `OutOfMemory` with `advice`."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch on the CPU has no type for it
-            raise
-        reason = (str(error).splitlines() or ["no memory left"])[0]
-        raise OutOfMemory(f"The memory is full ({reason}). {advice}") from None
-
-
-def choose_device(setting: str) -> torch.device:
-    """The device for `model.device`; raises `EnvironmentFault` for cuda without a GPU."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none: a CPU build)'}"
-        raise EnvironmentFault(
-            f"model.device is cuda, but no usable NVIDIA GPU was found; {build}. Check `nvidia-smi`, install a CUDA "
-            'build of torch (https://pytorch.org/get-started/locally), or set model.device to "auto".'
-        )
-    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(setting: str, device: torch.device) -> str:
-    """`bf16`, `fp16` or `fp32` for `training.precision` on `device`."""
-    if setting == "fp16" and device.type == "cpu":
-        raise UsageError('training.precision: fp16 needs an NVIDIA GPU; use "auto", "bf16" or "fp32" on the CPU.')
-    if setting != "auto":
-        return setting
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if fast else "fp32"
 
 
 def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
@@ -247,25 +207,3 @@ def shard_base(model: Any, device: torch.device, count: int) -> None:
     # Resharded after every pass, the embedding too: else process 0 would do so alone when it saves
     for module in (*layers, decoder):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far in GiB: of the GPU, or of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def return_free_memory(device: torch.device) -> None:
-    """Give free memory of glibc's heap back to the system, if `device` is the CPU; on a GPU torch reuses it itself.
-
-    Packs differ in length, so that the holes of one do not fit the next: the peak of the sample persona's run was
-    3.2 GiB without even packs and this, and is 2.2 with them.
-    """
-    if device.type == "cpu" and sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)

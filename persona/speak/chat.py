@@ -9,7 +9,7 @@ from persona.config import Config
 from persona.console import safe
 from persona.errors import PersonaError
 from persona.model.dataset import read_system_prompt
-from persona.model.loading import enough_memory
+from persona.model.device import enough_memory
 from persona.model.render import Message
 from persona.speak.speaker import Speaker, load_speaker
 

@@ -13,7 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from persona.config import Config, Generation
 from persona.model.adapters import Persona, check_base, read_persona
-from persona.model.loading import choose_device, choose_precision, load_adapter, load_base, stop_ids, trained_format
+from persona.model.device import choose_device, choose_precision
+from persona.model.loading import load_adapter, load_base, stop_ids, trained_format
 from persona.model.render import ChatFormat, Message, fit, prompt_room
 
 

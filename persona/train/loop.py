@@ -31,7 +31,7 @@ from persona.engine.packing import pack, plan_packs, portion
 from persona.errors import Diverged, EnvironmentFault, Interrupted
 from persona.files import fault_in
 from persona.model.dataset import Conversation
-from persona.model.loading import peak_memory_gib, return_free_memory
+from persona.model.device import peak_memory_gib, return_free_memory
 from persona.model.render import Example
 from persona.train.checkpoints import (
     Progress,

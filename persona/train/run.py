@@ -18,17 +18,9 @@ from persona.errors import UsageError
 from persona.files import JsonObject, write_json, write_text
 from persona.model.adapters import Persona, model_card, write_adapter
 from persona.model.dataset import Dataset, Records, read_data, render_records, with_system
+from persona.model.device import choose_device, choose_precision, enough_memory, peak_memory_gib
 from persona.model.folders import read_config
-from persona.model.loading import (
-    add_adapter,
-    choose_device,
-    choose_precision,
-    enough_memory,
-    load_base,
-    load_tokenizer,
-    peak_memory_gib,
-    shard_base,
-)
+from persona.model.loading import add_adapter, load_base, load_tokenizer, shard_base
 from persona.model.render import ChatFormat, chat_format
 from persona.model.sources import resolve_model
 from persona.model.token_cache import decode
