@@ -204,7 +204,9 @@ def _flat(state: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 def _load_optimizer(optimizer: Any, folder: Path) -> None:
     stored = read_json(folder / "optimizer.json", _advice(folder))
     nested: dict[str, Any] = {}
-    for key, value in [*load_file(folder / "optimizer.safetensors").items(), *stored["scalars"].items()]:
+    # copied, since torch's AdamW keeps the tensors it gets and the file would stay mapped: Windows would not delete it
+    tensors = {name: value.clone() for name, value in load_file(folder / "optimizer.safetensors").items()}
+    for key, value in [*tensors.items(), *stored["scalars"].items()]:
         *path, name = key.split("/")
         place = nested
         for part in path:
