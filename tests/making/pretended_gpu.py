@@ -154,7 +154,8 @@ class PretendedGpu(TorchFunctionMode):
             f"of which {free} is free. {allowed}Including non-PyTorch memory, this process has {live} memory in use. "
             f"Of the allocated memory {live} is allocated by PyTorch, and 0 bytes is reserved by PyTorch but "
             "unallocated. If reserved but unallocated memory is large try setting "
-            "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for Memory Management  (https://docs.pytorch.org/docs/stable/notes/"
+            "PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for "
+            "Memory Management  (https://docs.pytorch.org/docs/stable/notes/"
             "cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
         )
 
