@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from persona.errors import UsageError
 MARKER = "COMPLETE.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 AGAIN = "Copy or download it again completely."
+_PAUSES = (0.5, 1.5)  # seconds between the tries of a rename
 JsonObject = dict[str, Any]  # an object of JSON that others write, so any key may hold anything
 
 
@@ -76,7 +78,7 @@ def appearing_file(path: Path) -> Iterator[Path]:
     try:
         yield staging
         _flush(staging)
-        staging.replace(path)
+        rename(staging, path)
         _flush(path.parent)
     finally:
         staging.unlink(missing_ok=True)
@@ -99,9 +101,9 @@ def publish(staging: Path, folder: Path, marked: bool = False) -> None:
     recover(folder)
     old = _aside(folder)
     if folder.exists():
-        folder.rename(old)
+        rename(folder, old)
     try:
-        staging.rename(folder)
+        rename(staging, folder)
     except OSError:  # on Windows another program may hold a file open
         recover(folder)
         raise
@@ -119,10 +121,25 @@ def recover(folder: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
     if os.path.isdir(old):
         if os.path.isdir(folder):
-            old.rename(removed)  # first, so that half of it never has a name from which it would come back
+            rename(old, removed)  # first, so that half of it never has a name from which it would come back
             shutil.rmtree(removed, ignore_errors=True)
         else:
-            old.rename(folder)
+            rename(old, folder)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give `source` the name `target`, in place of a file of that name; on Windows try three times within two seconds.
+
+    Windows renames nothing that is open, and virus scanners and indexers open new files for a moment.
+    """
+    move = source.replace if target.is_file() else source.rename  # Windows promises to replace files only
+    for seconds in _PAUSES if sys.platform == "win32" else ():
+        try:
+            move(target)
+            return
+        except PermissionError:
+            time.sleep(seconds)
+    move(target)
 
 
 def _aside(folder: Path) -> Path:

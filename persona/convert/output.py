@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from persona.errors import EnvironmentFault
+from persona.files import rename
 
 _RANKS = 4  # values of a first byte that share a part: 64 files, a number that every system allows to be open
 _BUFFERED = 1 << 16
@@ -106,7 +107,7 @@ class Staged:
             os.fsync(file.fileno())
             file.close()
         for name in names:
-            os.replace(self._path(name), self.folder / name)
+            rename(self._path(name), self.folder / name)
         for name in stale:
             if name not in self._files:
                 (self.folder / name).unlink(missing_ok=True)

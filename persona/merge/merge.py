@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from persona.config import Generation
 from persona.errors import EnvironmentFault, UsageError
-from persona.files import appearing, recover, scratch
+from persona.files import appearing, recover, rename, scratch
 from persona.merge.adapter import Adapter, read_adapter, skeleton
 from persona.merge.changes import Change, FourBits, LowRank, dequantized_weights
 from persona.merge.folder import check_output, check_space, write_rest
@@ -89,7 +89,7 @@ def merge(
                             weights, base_checked, bool(changes.untied), quantized is not None, verdicts
                         )
                         shutil.rmtree(staging)
-                        candidate.rename(staging)
+                        rename(candidate, staging)
     except OSError as error:
         raise EnvironmentFault(
             f"The merged model could not be written to {output}: {error}. Nothing of it is left there; make space, or "

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from persona.errors import EnvironmentFault, UsageError
-from persona.files import ADAPTER_WEIGHTS, MARKER, JsonObject, appearing, fault_in, read_json, write_json
+from persona.files import ADAPTER_WEIGHTS, MARKER, JsonObject, appearing, fault_in, read_json, rename, write_json
 
 _RANDOM = "random.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -96,7 +96,7 @@ def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
             return folder, skipped
         broken = folder.with_name(f".broken-{folder.name}")  # out of the way of counting and of the next save
         shutil.rmtree(broken, ignore_errors=True)
-        folder.rename(broken)
+        rename(folder, broken)
         skipped.append(f"{folder.name} passed over: {fault}")
     return None, skipped
 
@@ -111,7 +111,7 @@ def prune(run: Path, best_step: int | None) -> None:
     """Delete all checkpoints but the best and the two newest, of which one may break."""
     for folder in checkpoints(run)[:-2]:
         if folder.name != f"checkpoint-{best_step}":
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a file that another program holds goes at the next save
 
 
 def read_progress(folder: Path) -> Progress:

@@ -8,8 +8,8 @@ import json
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 
 from persona.config import Config
 from persona.console import table
-from persona.errors import UsageError
-from persona.files import JsonObject, file_sha256, read_json
+from persona.errors import EnvironmentFault, UsageError
+from persona.files import JsonObject, file_sha256, read_json, rename
 from persona.model.adapters import TOKENIZER_FILES, public_name
 from persona.model.folders import fingerprint
 
@@ -52,7 +52,10 @@ def log_folder(run: Path) -> Path:
 
 
 def set_aside(run: Path, report: Callable[[str], None]) -> None:
-    """Move the files of an earlier run to a folder beside `run`; raises `UsageError` when it holds other files."""
+    """Move the files of an earlier run to a folder beside `run`, all or none.
+
+    Raises `UsageError` when `run` holds other files than a run's, and `EnvironmentFault` when one cannot be moved.
+    """
     left = [path for path in run.iterdir() if path.name != ".lock"]
     if not left:
         return
@@ -61,15 +64,33 @@ def set_aside(run: Path, report: Callable[[str], None]) -> None:
         raise UsageError(
             f"{run} holds other files than a run's ({names}); it is left alone. Change training.output_dir."
         )
-    number = next(n for n in range(1, 10_000) if not run.with_name(f"{run.name}.{n}").exists())
-    target = run.with_name(f"{run.name}.{number}")
-    target.mkdir()
-    for path in left:
-        path.rename(target / path.name)
     logs = log_folder(run)
+    number = next(n for n in range(1, 10_000) if not any(_numbered(path, n).exists() for path in (run, logs)))
+    target = _numbered(run, number)
+    moves = [(path, target / path.name) for path in left]
     if any(logs.iterdir()):
-        shutil.move(logs, logs.with_name(f"{logs.name}.{number}"))
+        moves.insert(0, (logs, _numbered(logs, number)))
+    target.mkdir()
+    moved = []
+    try:
+        for source, goal in moves:
+            rename(source, goal)
+            moved.append((source, goal))
+    except OSError as error:
+        with suppress(OSError):
+            for source, goal in reversed(moved):
+                rename(goal, source)
+            target.rmdir()
+        raise EnvironmentFault(
+            f"The earlier run in {run} cannot be set aside: {error}. Close the program that holds the file "
+            "(TensorBoard, an editor, a window on the folder) and run the same command again, or choose another "
+            "folder with --set training.output_dir=outputs/NAME."
+        ) from None
     report(f"The earlier run was set aside as {target}.")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
 
 
 def read_identity(run: Path) -> JsonObject | None:
