@@ -78,7 +78,7 @@ class Model(Section):
     chat_template: str | None = Field(default=None, min_length=1)
     """Jinja file to use instead of the model's own chat template; null keeps the model's own."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Device to compute on; `auto` takes the GPU if there is one."""
+    """Device to compute on; `auto` takes the GPU if there is one, `cuda` stops if there is none."""
 
 
 class Quantization(Section):
@@ -144,7 +144,7 @@ class Training(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; a longer gradient is scaled down to it."""
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "auto"
-    """Optimizer; `auto` is paged_adamw_8bit on a GPU and adamw_torch on the CPU."""
+    """Optimizer; `auto` is adamw_8bit on a GPU and adamw_torch on the CPU."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Number format to compute in; `auto` is bf16 if the device has it, else fp16 on a GPU and fp32 on the CPU."""
     gradient_checkpointing: bool = False

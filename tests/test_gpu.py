@@ -1,4 +1,6 @@
-"""The same loop on a GPU, with real 4-bit weights, paged optimizer states and fp16 scaling."""
+"""The same loop on a GPU, with real 4-bit weights, 8-bit optimizer states and fp16 scaling."""
+
+import re
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def _a_process_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
 @pytest.mark.parametrize("in_4bit", [True, False])
-def test_it_learns_with_the_paged_optimizer(tmp_path, tiny_model, precision, in_4bit):
+def test_it_learns_with_the_8_bit_optimizer(tmp_path, tiny_model, precision, in_4bit):
     said = []
     made = config(
         tmp_path,
@@ -28,7 +30,7 @@ def test_it_learns_with_the_paged_optimizer(tmp_path, tiny_model, precision, in_
         training={"precision": precision, "num_train_epochs": 8},
     )
     run = finetune(made, True, said.append).parent
-    assert "paged_adamw_8bit" in "\n".join(said)
+    assert re.search(r"optimizer +adamw_8bit,", "\n".join(said))
     losses = [line["train/loss"] for line in metrics(run) if "train/loss" in line]
     assert losses[-1] < losses[0]
 

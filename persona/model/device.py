@@ -2,6 +2,8 @@
 
 import ctypes
 import errno
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,11 @@ import torch
 from persona.errors import EnvironmentFault, OutOfMemory, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# CUDA 13.0, for which the pinned torch is built: docs.nvidia.com/cuda/archive/13.0.0/cuda-toolkit-release-notes, and
+# compute capability 7.5 (pytorch #172352)
+OLDEST_DRIVER = 580
+OLDEST_GPU = "GeForce GTX 16, RTX 20 or newer"
+SPARE = 256 * 2**20  # bytes of the GPU left to the screen and to CUDA's own needs
 # Texts, in lower case, of a lack of memory that has no type of its own. Other errors name memory too, such as "an
 # illegal memory access was encountered".
 _SIGNS = (
@@ -48,14 +55,80 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def choose_device(setting: str) -> torch.device:
-    """The device for `model.device`; raises `EnvironmentFault` for cuda without a GPU."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda or '(none: a CPU build)'}"
+    """The device for `model.device`; raises `EnvironmentFault` for cuda if torch cannot use a GPU, with the way out."""
+    usable = setting != "cpu" and torch.cuda.is_available() and not _too_old()
+    if setting == "cuda" and not usable:
         raise EnvironmentFault(
-            f"model.device is cuda, but no usable NVIDIA GPU was found; {build}. Check `nvidia-smi`, install a CUDA "
-            'build of torch (https://pytorch.org/get-started/locally), or set model.device to "auto".'
+            f"model.device is cuda, but {why_no_gpu()} To compute on the CPU all the same, which is far slower, add "
+            "--set model.device=cpu."
         )
-    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if usable else "cpu")
+
+
+def why_no_gpu() -> str:
+    """Why torch cannot use a GPU here, and what to do, in sentences that go on after "but"."""
+    if torch.cuda.is_available():
+        return f"{_too_old()}."
+    release, cuda = torch.__version__.partition("+")[0], torch.version.cuda
+    built = f"torch {torch.__version__} is built for {f'CUDA {cuda}' if cuda else 'the CPU only'}"
+    gpu = nvidia_gpu()
+    steps = []
+    if cuda is None:
+        steps.append(f"pip install torch=={release}+cu130 --index-url https://download.pytorch.org/whl/cu130")
+    oldest = 525 if cuda and cuda.startswith("12.") else OLDEST_DRIVER
+    if gpu is None or int(gpu[1].partition(".")[0]) < oldest:
+        steps.append(f"install NVIDIA's driver {oldest} or newer (https://www.nvidia.com/drivers)")
+    if not steps:
+        steps.append(f"see what torch says ({_refusal()}); a new driver needs a restart of the computer")
+    there = f"nvidia-smi lists {gpu[0]} with driver {gpu[1]}" if gpu else "nvidia-smi finds no NVIDIA GPU"
+    return f"{built}, and {there}. To use a GPU ({OLDEST_GPU}): {'; then '.join(steps)}."
+
+
+def _too_old() -> str | None:
+    """The reason why the GPU that torch finds is too old for it, or None."""
+    known = [int(name[3:]) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    major, minor = torch.cuda.get_device_capability()
+    if not known or major * 10 + minor >= min(known):
+        return None
+    return f"{torch.cuda.get_device_name()} is too old for torch {torch.__version__}, which needs {OLDEST_GPU}"
+
+
+def nvidia_gpu() -> tuple[str, str] | None:
+    """The name of the first GPU and the version of its driver as nvidia-smi says them; None if it is not there."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.match(r"(.+), (\d[\d.]*)$", answer.stdout.strip().split("\n")[0].strip())
+    return (match[1], match[2]) if match and answer.returncode == 0 else None
+
+
+def _refusal() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "nothing"
+
+
+def unused_gpu(setting: str, device: torch.device) -> str | None:
+    """A note for a run whose `model.device` is auto and ended on the CPU beside an NVIDIA GPU; None otherwise."""
+    if setting != "auto" or device.type != "cpu" or (not torch.cuda.is_available() and nvidia_gpu() is None):
+        return None
+    return f"the GPU is not used: {why_no_gpu()}"
+
+
+def stay_in_gpu(device: torch.device) -> None:
+    """On Windows, let this process take only GPU memory that is free now, so that more is `OutOfMemory`.
+
+    Otherwise the driver moves data to ordinary memory without a word, and the run goes on many times slower.
+    """
+    if device.type != "cuda" or sys.platform != "win32":
+        return
+    free, total = torch.cuda.mem_get_info()
+    own = free + torch.cuda.memory_reserved() - SPARE
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, own / total)))
 
 
 def choose_precision(setting: str, device: torch.device) -> str:

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from persona.config import Config, Generation
 from persona.model.adapters import Persona, check_base, read_persona
-from persona.model.device import choose_device, choose_precision
+from persona.model.device import choose_device, choose_precision, stay_in_gpu
 from persona.model.loading import load_adapter, load_base, stop_ids, trained_format
 from persona.model.render import ChatFormat, Message, fit, prompt_room
 
@@ -101,6 +101,7 @@ def load_speaker(config: Config, base: Path, adapter: Path | None, in_4bit: bool
     """The model in `base`, with `adapter` on top when there is one, held in 4 bits or in the run's precision."""
     persona = check_base(adapter, base) if adapter is not None else read_persona(base)
     device = choose_device(config.model.device)
+    stay_in_gpu(device)
     precision = choose_precision(config.training.precision, device)
     fmt = trained_format(base, adapter, config.model.chat_template)
     quantization = config.quantization.model_copy(update={"load_in_4bit": in_4bit})

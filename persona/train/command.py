@@ -6,7 +6,7 @@ from pathlib import Path
 from persona.config import load_config
 from persona.console import colour_wanted
 from persona.model.dataset import read_data
-from persona.model.sources import resolve_model
+from persona.model.sources import prepare_libraries, resolve_model
 from persona.train.devices import Devices
 
 
@@ -14,6 +14,11 @@ def tune(settings: Path, changes: list[str], resume: bool, show: int | None, dev
     """Train with the file `settings` and its `changes`, and draw the curves; or only print `show` examples."""
     config = load_config(settings, changes)
     read_data(config.data, config.seed)  # mistakes in the data come before a download
+    if show is None and config.model.device == "cuda":
+        prepare_libraries(offline=False)
+        from persona.model.device import choose_device
+
+        choose_device("cuda")  # a missing GPU comes before a download
     # before transformers is imported: a local model switches the hub off
     devices.first_on_each_machine(lambda: resolve_model(config.model.name_or_path))
 

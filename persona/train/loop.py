@@ -362,7 +362,8 @@ def choose_optimizer(setting: str, device: torch.device) -> str:
     """The optimizer for `training.optim` on `device`."""
     if setting != "auto":
         return setting
-    return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+    # not the paged one: Windows cannot page, a failure of it ends the process, and the states are small
+    return "adamw_8bit" if device.type == "cuda" else "adamw_torch"
 
 
 def build_optimizer(name: str, model: Any, training: Training) -> Any:

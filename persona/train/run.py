@@ -18,7 +18,14 @@ from persona.errors import UsageError
 from persona.files import JsonObject, write_json, write_text
 from persona.model.adapters import Persona, model_card, write_adapter
 from persona.model.dataset import Dataset, Records, read_data, render_records, with_system
-from persona.model.device import choose_device, choose_precision, enough_memory, peak_memory_gib
+from persona.model.device import (
+    choose_device,
+    choose_precision,
+    enough_memory,
+    peak_memory_gib,
+    stay_in_gpu,
+    unused_gpu,
+)
 from persona.model.folders import read_config
 from persona.model.loading import add_adapter, load_base, load_tokenizer, shard_base
 from persona.model.render import ChatFormat, chat_format
@@ -102,6 +109,7 @@ def _finetune(
     material = prepare(config, day)
     device = choose_device(config.model.device)
     devices.take_gpu(device)
+    stay_in_gpu(device)
     precision = devices.same(choose_precision(config.training.precision, device), "training.precision")
     optimizer = choose_optimizer(config.training.optim, device)
     resolved = {"device": device.type, "precision": precision, "optimizer": optimizer}
@@ -243,7 +251,7 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
          f"{config.training.lr_scheduler_type}, peak {config.training.learning_rate:g}"),
         ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
     ]  # fmt: skip
-    notes = list(material.notes)
+    notes = [*material.notes, *filter(None, [unused_gpu(config.model.device, trainer.device)])]
     if trainer.devices.sharded and config.evaluation.sample_prompts and held_out.records:
         notes.append("no samples during training: no process can speak with its part of the base alone")
     return "\n".join([table(rows), *(f"  note: {note}" for note in notes)])

@@ -24,6 +24,7 @@ from persona.model.folders import fingerprint
 
 # Settings that may differ when a run is continued: they change files or later use, not the weights
 _NOT_LEARNED: Any = {
+    "model": {"device"},  # what it means here is in `resolved`
     "training": {"max_tokens_per_pack", "gradient_checkpointing", "logging_steps", "save_steps", "output_dir"},
     "evaluation": {"max_tokens_per_pack", "sample_prompts"},
     **{"generation": True, "export": True},

@@ -1,14 +1,30 @@
-"""The memory of the device: what is free is given back, and only the errors of a full memory are called that."""
+"""The device that computes: a GPU that cannot be used is named with the way out; its memory, and when it is full."""
 
 import errno
+import json
 import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
 from persona.errors import EnvironmentFault, OutOfMemory
-from persona.model.device import enough_memory, is_out_of_memory, peak_memory_gib, return_free_memory
+from persona.model import device
+from persona.model.device import (
+    choose_device,
+    enough_memory,
+    is_out_of_memory,
+    nvidia_gpu,
+    peak_memory_gib,
+    return_free_memory,
+    stay_in_gpu,
+    unused_gpu,
+)
 
 CPU = torch.device("cpu")
 
@@ -81,3 +97,108 @@ def test_torch_says_it_in_these_words_here():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**55, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
+
+
+# --- which device ----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this machine one with a GPU (or none), its driver, a build of torch, and what torch finds."""
+
+    def make(cuda="13.0", smi="NVIDIA GeForce RTX 4060, 581.15", available=False, capability=(8, 9)):
+        def run(command, **_):
+            if smi is None:
+                raise FileNotFoundError(2, "nvidia-smi")
+            return SimpleNamespace(returncode=0, stdout=f"{smi}\n")
+
+        def refuse():
+            raise RuntimeError("No CUDA GPUs are available\nand more")
+
+        monkeypatch.setattr(device.subprocess, "run", run)
+        monkeypatch.setattr(torch, "__version__", f"2.13.0+{'cu' + cuda.replace('.', '') if cuda else 'cpu'}")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        for name, value in {
+            "is_available": lambda: available,
+            "get_device_capability": lambda: capability,
+            "get_device_name": lambda: "NVIDIA GeForce",
+            "get_arch_list": lambda: ["sm_75", "sm_80", "sm_120", "compute_120"],
+            "init": refuse,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    return make
+
+
+INSTALL = "pip install torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"
+DRIVER = "install NVIDIA's driver 580 or newer"
+
+
+@pytest.mark.parametrize(
+    ("here", "words", "not_needed"),
+    [
+        ({"cuda": None}, ["built for the CPU only", "RTX 4060 with driver 581.15", INSTALL], DRIVER),
+        ({"cuda": None, "smi": None}, ["nvidia-smi finds no NVIDIA GPU", INSTALL, DRIVER], "torch says"),
+        ({"cuda": None, "smi": "NVIDIA RTX A2000, 576.02"}, [INSTALL, DRIVER], "torch says"),
+        ({"smi": "NVIDIA GeForce RTX 3060 Ti, 552.44"}, ["built for CUDA 13.0", "driver 552.44", DRIVER], INSTALL),
+        ({"cuda": "12.6", "smi": "NVIDIA GeForce GTX 1080, 516.94"}, ["driver 525 or newer"], INSTALL),
+        ({}, ["torch says (No CUDA GPUs are available)", "restart"], DRIVER),
+        ({"available": True, "capability": (6, 1)}, ["too old for torch 2.13.0+cu130", "GTX 16, RTX 20"], INSTALL),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_named_with_the_way_out(machine, here, words, not_needed):
+    machine(**here)
+    with pytest.raises(EnvironmentFault) as refused:
+        choose_device("cuda")
+    message = str(refused.value)
+    assert message.startswith("model.device is cuda, but ")
+    assert message.endswith("add --set model.device=cpu.")
+    assert [word for word in words if word not in message] == []
+    assert not_needed not in message
+    assert choose_device("auto") == choose_device("cpu") == CPU
+    note = unused_gpu("auto", CPU)
+    assert (note is None) == (here.get("smi", "") is None)
+    assert note is None or all(word in note for word in words)
+    assert unused_gpu("cpu", CPU) is None
+
+
+def test_a_gpu_is_taken_unless_the_cpu_is_asked_for(machine):
+    machine(available=True, capability=(7, 5))
+    assert [choose_device(setting).type for setting in ("cuda", "auto", "cpu")] == ["cuda", "cuda", "cpu"]
+    assert unused_gpu("auto", torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("answer", ["", "No devices were found", "NVIDIA-SMI has failed because it couldn't"])
+def test_nvidia_smi_without_a_gpu_is_no_gpu(machine, answer):
+    machine(smi=answer)
+    assert nvidia_gpu() is None
+
+
+def test_a_preset_without_a_gpu_ends_with_the_message_before_any_download():
+    presets = sorted((ROOT / "config" / "presets").glob("*.json"))
+    assert len(presets) >= 10
+    assert {json.loads(path.read_text(encoding="utf-8"))["model"]["device"] for path in presets} == {"cuda"}
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    command = [sys.executable, "finetune.py", "--config", str(presets[0])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert result.returncode == EnvironmentFault.exit_code
+    assert re.match(r"model\.device is cuda, but torch .* is built for ", result.stderr)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("system", "free", "own", "fraction"),
+    [("win32", 7, 0, (7 - 0.25) / 8), ("win32", 3, 4, (7 - 0.25) / 8), ("win32", 0.1, 0, 0.0), ("linux", 7, 0, None)],
+)
+def test_on_windows_the_run_takes_only_the_memory_that_is_free(monkeypatch, system, free, own, fraction):
+    fractions = []
+    monkeypatch.setattr(device.sys, "platform", system)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: own * 2**30)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    stay_in_gpu(torch.device("cuda"))
+    stay_in_gpu(CPU)
+    assert fractions == ([] if fraction is None else [pytest.approx(fraction)])
