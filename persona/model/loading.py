@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from persona.config import Lora, Quantization
@@ -89,8 +89,13 @@ def _check_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def load_base(folder: Path, quantization: Quantization, precision: str, device: torch.device) -> Any:
-    """The frozen base model on `device`, in 4 bits or in the run's precision."""
+    """The frozen base model on `device`, in 4 bits or in the run's precision.
+
+    Raises `UsageError` for one that cannot be loaded, and for 4 bits when most of it would stay in 16.
+    """
     dtype = DTYPES[precision]
+    if quantization.load_in_4bit:
+        _refuse_experts(folder, dtype)
     in_4bit = BitsAndBytesConfig(  # each is set, since bitsandbytes' own defaults are fp4 without double quantization
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
@@ -127,6 +132,42 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
     return model
 
 
+def _refuse_experts(folder: Path, dtype: torch.dtype) -> None:
+    """Raise `UsageError` if most weights of the model in `folder` are experts, which stay as they are with 4 bits.
+
+    transformers holds the experts of a layer in one tensor, and quantizes only linear layers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if "expert" not in str(config.to_dict()):
+            return
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError):
+        return  # loading explains it
+    experts = sum(weight.numel() for weight in model.parameters() if weight.ndim == 3)
+    linear = sum(module.weight.numel() for module in text_layers(model).values())
+    if experts <= linear:
+        return
+    whole, gib = sum(weight.numel() for weight in model.parameters()), dtype.itemsize / 2**30
+    raise UsageError(
+        f"quantization.load_in_4bit: only {linear / whole:.0%} of this {model.config.model_type} model can be held in "
+        f"4 bits. Its experts, {experts / whole:.0%} of its weights, would stay in {8 * dtype.itemsize} bits and take "
+        f"{experts * gib:.1f} GiB. Take a model without experts, or hold all of it in {8 * dtype.itemsize} bits, "
+        f"{whole * gib:.1f} GiB, with --set quantization.load_in_4bit=false."
+    )
+
+
+def held_in_4_bits(model: nn.Module) -> tuple[float, int]:
+    """The share of the frozen weights of `model` that are in 4 bits, and the bytes of the others."""
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    states = [getattr(weight, "quant_state", None) for weight in frozen]
+    quantized = sum(state.shape.numel() for state in states if state is not None)
+    others = [weight for weight, state in zip(frozen, states, strict=True) if state is None]
+    count = sum(weight.numel() for weight in others)
+    return quantized / (quantized + count), sum(weight.numel() * weight.element_size() for weight in others)
+
+
 def keep_gradients_in_4bit(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights during an evaluation.
 
@@ -138,13 +179,35 @@ def keep_gradients_in_4bit(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - bitsandbytes' layers are not typed
 
 
+def text_layers(model: Any) -> dict[str, Any]:
+    """The linear layers that compute the text, by name: without the output layer, and without towers for pictures.
+
+    A router of experts may be a subclass of a linear layer and return two tensors, which no adapter can take.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    inside = set(decoder.modules())
+    kinds = ("Linear", "Linear4bit", "Conv1D")  # the last is GPT-2's
+    layers = {name: layer for name, layer in model.named_modules() if layer in inside and layer is not head}
+    return {name: layer for name, layer in layers.items() if type(layer).__name__ in kinds}
+
+
 def linear_names(model: Any) -> list[str]:
-    """The last parts of the linear layers' names, without the output layer, in order of appearance."""
-    inner = [(name, module) for name, module in model.named_modules() if module is not model.get_output_embeddings()]
-    linear = [name for name, module in inner if isinstance(module, nn.Linear)]
-    # GPT-2 has its own Conv1D in their place
-    names = linear or [name for name, module in inner if type(module).__name__ == "Conv1D"]
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    """The last parts of the names of `text_layers`, in order of appearance."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in text_layers(model)))
+
+
+def _targets(model: Any, lora: Lora) -> list[str]:
+    """The full names of the layers that get an adapter; raises `UsageError` for a target that no layer has."""
+    wanted, known = lora.target_modules, linear_names(model)
+    wrong = [name for name in wanted if name not in known] if wanted != "all-linear" else []
+    if wrong:
+        close = difflib.get_close_matches(wrong[0], known, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UsageError(
+            f"lora.target_modules: this model has no linear layer {', '.join(map(repr, wrong))}.{hint} "
+            f"It has {', '.join(known)}."
+        )
+    return [name for name in text_layers(model) if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
 
 
 def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
@@ -152,17 +215,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
 
     The adapter's files will name `base_name` as its base.
     """
-    targets = lora.target_modules
-    if targets != "all-linear":
-        known = linear_names(model)
-        wrong = [name for name in targets if name not in known]
-        if wrong:
-            close = difflib.get_close_matches(wrong[0], known, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UsageError(
-                f"lora.target_modules: this model has no linear layer {', '.join(map(repr, wrong))}.{hint} "
-                f"It has {', '.join(known)}."
-            )
+    targets = _targets(model, lora)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.r,
@@ -171,7 +224,11 @@ def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    adapted: Any = get_peft_model(model, config)
+    known = ", ".join(linear_names(model))
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:  # Mamba's last projection
+        raise UsageError(f"lora.target_modules: {error} Name those it may be, of: {known}.") from None
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
 

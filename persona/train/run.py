@@ -27,7 +27,7 @@ from persona.model.device import (
     unused_gpu,
 )
 from persona.model.folders import read_config
-from persona.model.loading import add_adapter, load_base, load_tokenizer, shard_base
+from persona.model.loading import add_adapter, held_in_4_bits, load_base, load_tokenizer, shard_base
 from persona.model.render import ChatFormat, chat_format
 from persona.model.sources import resolve_model
 from persona.model.token_cache import decode
@@ -232,9 +232,13 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
     config, train, held_out = material.config, material.train, material.held_out
     trained = sum(weight.numel() for weight in trained_weights(trainer.model))
     lora: Any = trainer.model.peft_config["default"]
+    kinds = {name.rpartition(".")[2] for name in lora.target_modules}
     bits = "32 bits" if precision == "fp32" else "16 bits"
     if config.quantization.load_in_4bit:
-        bits = f"4 bits ({config.quantization.bnb_4bit_quant_type})"
+        share, others = held_in_4_bits(trainer.model)
+        rest = f": {share:.0%} of its weights; {others / 2**30:.2f} GiB stay in {bits}"
+        # a sharded weight has lost its shape
+        bits = f"4 bits ({config.quantization.bnb_4bit_quant_type}){'' if trainer.devices.sharded else rest}"
     layout = "shared prefixes once a pack: the system prompt, and earlier turns if the template does not rewrite them"
     rows = [
         ("base model", f"{config.model.name_or_path} in {bits}"),
@@ -246,7 +250,7 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
         ("held out", f"{len(held_out.examples)} examples, {held_out.supervised:,} measured tokens"),
         ("updates", f"{trainer.per_epoch} an epoch of {config.training.train_batch_size} conversations, "
          f"about {train.supervised / trainer.per_epoch:.0f} learned tokens each; {trainer.total} in all"),
-        ("adapter", f"r={config.lora.r} on {len(lora.target_modules)} kinds of layers, {trained:,} weights"),
+        ("adapter", f"r={config.lora.r} on {len(kinds)} kinds of layers, {trained:,} weights"),
         ("optimizer", f"{choose_optimizer(config.training.optim, trainer.device)}, "
          f"{config.training.lr_scheduler_type}, peak {config.training.learning_rate:g}"),
         ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
