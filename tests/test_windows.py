@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import finetune
 import merge_lora_to_fp16
 from persona import files
 from persona.errors import EnvironmentFault, Interrupted
+from persona.merge import verify
 from persona.train import run as training
 from persona.train.checkpoints import checkpoints
 from persona.train.run_folder import set_aside
@@ -155,6 +157,14 @@ def test_what_is_there_is_replaced(home, trained, monkeypatch, script, arguments
         before = (home / written).stat().st_ino
     call(monkeypatch, home, script, *arguments)
     assert (home / written).stat().st_ino != before
+
+
+def test_a_merged_model_that_was_verified_as_it_is_stored_is_not_mapped(home, trained, tiny_model, monkeypatch):
+    memory = SimpleNamespace(available=2**30 + 500_000)  # enough for bf16 alone, so that the file's tensors may be used
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: memory)
+    for _ in range(2):
+        call(monkeypatch, home, merge_lora_to_fp16, "outputs/tiny", "--set", "export.dtype=bfloat16")
+    assert verify.plan_proof(tiny_model, trained / "adapter", None).precision == "bf16"
 
 
 # --- a file that another program holds for a moment ------------------------------------------------------------------

@@ -154,7 +154,7 @@ def _refuse_experts(folder: Path, dtype: torch.dtype) -> None:
         f"quantization.load_in_4bit: only {linear / whole:.0%} of this {model.config.model_type} model can be held in "
         f"4 bits. Its experts, {experts / whole:.0%} of its weights, would stay in {8 * dtype.itemsize} bits and take "
         f"{experts * gib:.1f} GiB. Take a model without experts, or hold all of it in {8 * dtype.itemsize} bits, "
-        f"{whole * gib:.1f} GiB, with --set quantization.load_in_4bit=false."
+        f"{whole * gib:.1f} GiB: --set quantization.load_in_4bit=false, and a merged one without --load-in-4bit."
     )
 
 

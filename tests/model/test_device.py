@@ -12,6 +12,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from making.pretended_gpu import PretendedGpu
+from making.runs import config
 
 from persona.errors import EnvironmentFault, OutOfMemory
 from persona.model import device
@@ -25,6 +28,7 @@ from persona.model.device import (
     stay_in_gpu,
     unused_gpu,
 )
+from persona.train.run import finetune
 
 CPU = torch.device("cpu")
 
@@ -195,10 +199,39 @@ def test_a_preset_without_a_gpu_ends_with_the_message_before_any_download():
 )
 def test_on_windows_the_run_takes_only_the_memory_that_is_free(monkeypatch, system, free, own, fraction):
     fractions = []
-    monkeypatch.setattr(device.sys, "platform", system)
+    monkeypatch.setattr(device, "sys", SimpleNamespace(platform=system))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 8 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: own * 2**30)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     stay_in_gpu(torch.device("cuda"))
     stay_in_gpu(CPU)
     assert fractions == ([] if fraction is None else [pytest.approx(fraction)])
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A folder and a process of its own for a run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a pretended GPU belongs to one thread
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("one_thread", "alone")
+def test_a_run_on_windows_begins_with_that_limit(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(device, "sys", SimpleNamespace(platform="win32"))
+    with PretendedGpu() as gpu:
+        finetune(config(tmp_path, tiny_model, training={"num_train_epochs": 0.1}), True, lambda _: None)
+    assert gpu.allowed == pytest.approx(1 - device.SPARE / gpu.total)
+
+
+@pytest.mark.usefixtures("one_thread", "alone")
+def test_the_plan_says_that_the_gpu_is_not_used(tmp_path, tiny_model, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.setattr(device, "nvidia_gpu", lambda: ("NVIDIA GeForce RTX 4060", "576.02"))
+    messages = []
+    finetune(config(tmp_path, tiny_model, training={"num_train_epochs": 0.1}), True, messages.append)
+    assert "note: the GPU is not used: torch" in "\n".join(messages)
+    assert "RTX 4060 with driver 576.02" in "\n".join(messages)
