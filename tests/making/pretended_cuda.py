@@ -89,34 +89,57 @@ def _torch_cuda(gpu: Any) -> dict[str, Any]:
         "reset_peak_memory_stats": lambda *_, **__: setattr(gpu, "peak", gpu.live),
         "mem_get_info": lambda *_, **__: (gpu.total - gpu.live, gpu.total),
         "set_per_process_memory_fraction": allow,
-        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
-        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "get_rng_state": lambda *_, **__: gpu.random.clone(),
+        "set_rng_state": lambda state, *_, **__: setattr(gpu, "random", state.clone()),
+        "get_rng_state_all": lambda: [gpu.random.clone()],
+        "manual_seed": gpu.seed,
+        "manual_seed_all": gpu.seed,
         "Stream": main_stream,
         "Event": lambda *_, **__: _Stream(gpu, "Event"),
         "current_stream": main_stream,
         "default_stream": main_stream,
         "stream": lambda stream: contextlib.nullcontext(stream),
     }
-    for name in ("init", "_lazy_init", "set_device", "empty_cache", "manual_seed", "manual_seed_all"):
+    for name in ("init", "_lazy_init", "set_device", "empty_cache"):
         functions[name] = noted(name)
     return functions
 
 
-@contextlib.contextmanager
-def patched(gpu: Any) -> Iterator[None]:
-    """Inside, torch.cuda, autocast and bitsandbytes' C library behave as if there were a GPU."""
+class _Autocast(torch.amp.autocast_mode.autocast):
+    """Autocast for CUDA by that of the CPU."""
+
+    def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        if device_type == "cuda":
+            device_type, dtype = "cpu", dtype or torch.float16
+        super().__init__(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+
+
+def _autocast() -> list[tuple[Any, str, Any]]:
+    """Autocast's class and functions as they are to be: (owner, name, value)."""
 
     def as_cpu(function: Any) -> Any:
         return lambda kind=None, *rest: function("cpu" if kind in ("cuda", None) else kind, *rest)
 
-    class Autocast(torch.amp.autocast_mode.autocast):
-        def __init__(
-            self, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None
-        ) -> None:
-            if device_type == "cuda":
-                device_type, dtype = "cpu", dtype or torch.float16
-            super().__init__(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+    names = ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype")
+    functions = [(torch, name, as_cpu(getattr(torch, name))) for name in names]
+    return functions + [(owner, "autocast", _Autocast) for owner in (torch, torch.amp, torch.amp.autocast_mode)]
+
+
+def _libraries(gpu: Any) -> list[tuple[Any, str, Any]]:
+    """What else torch, bitsandbytes and PEFT ask: (owner, name, value)."""
+    group = torch._C._group_tensors_by_device_and_dtype  # pyright: ignore
+    engine = torch.autograd._engine_run_backward  # pyright: ignore
+
+    def grouped(lists: Any, with_indices: bool = False) -> Any:
+        """Groups of foreach, which C++ makes by the devices of the numbers, divided by the tags."""
+        out = {}
+        for (_, dtype), (parts, numbers) in group(lists, True).items():
+            devices = [gpu.device_of(tensor) for tensor in parts[0]]
+            for device in dict.fromkeys(devices):
+                chosen = [place for place, own in enumerate(devices) if own == device]
+                divided = [[part[place] for place in chosen if part] for part in parts]
+                out[device, dtype] = divided, [numbers[place] for place in chosen] if with_indices else []
+        return out
 
     def get_paged(*shape: int, dtype: Any = torch.float32, device: Any = CUDA) -> Any:
         out: Any = torch.zeros(shape, dtype=dtype, device=CUDA)
@@ -124,19 +147,15 @@ def patched(gpu: Any) -> Iterator[None]:
         assert device.index is not None
         return out
 
-    engine = torch.autograd._engine_run_backward  # pyright: ignore
-
     def run_backward(*args: Any, **options: Any) -> Any:
         with gpu.on():  # the function mode is off inside its own call of backward()
             return engine(*args, **options)
 
-    patches = [(torch.cuda, name, value) for name, value in _torch_cuda(gpu).items()]
-    for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
-        patches.append((torch, name, as_cpu(getattr(torch, name))))
-    patches += [(owner, "autocast", Autocast) for owner in (torch, torch.amp, torch.amp.autocast_mode)]
-    patches += [
+    return [
+        (torch.cuda, "_initialized", True),
         (torch.version, "cuda", "13.0"),
         (torch.backends.cuda, "is_flash_attention_available", lambda: gpu.has_flash),
+        (torch._C, "_group_tensors_by_device_and_dtype", grouped),
         (torch.autograd, "_engine_run_backward", run_backward),
         (bnb, "get_paged", get_paged),
         (bnb, "prefetch_tensor", lambda *_, **__: None),
@@ -145,6 +164,13 @@ def patched(gpu: Any) -> Iterator[None]:
         (peft.peft_model, "infer_device", lambda: "cpu"),
         (peft.utils.save_and_load, "infer_device", lambda: "cpu"),
     ]
+
+
+@contextlib.contextmanager
+def patched(gpu: Any) -> Iterator[None]:
+    """Inside, torch.cuda, autocast and bitsandbytes' C library behave as if there were a GPU."""
+
+    patches = [*((torch.cuda, name, value) for name, value in _torch_cuda(gpu).items()), *_autocast(), *_libraries(gpu)]
     checks: Any = torch.utils.checkpoint._allowed_determinism_checks_to_fns  # run where the function mode is off
     described = checks["default"]
     checks["default"] = lambda x: {"shape": x.shape, "dtype": x.dtype, "device": gpu.device_of(x)}

@@ -15,8 +15,7 @@ for CUDA in our code and in the libraries. Losses can be compared with a run on 
 
 It is blind to: numerics and limits of CUDA's own kernels, above all of bitsandbytes; autocast's list for CUDA, in whose
 place the CPU's is used; memory that is no tensor's (CUDA's context, workspaces, fragments, pages); C++ code that asks a
-tensor for its device, such as the grouping of foreach optimizers; safetensors that are read straight to the GPU; other
-threads; races between streams; and time.
+tensor for its device; safetensors that are read straight to the GPU; other threads; races between streams; and time.
 """
 
 import contextlib
@@ -63,6 +62,11 @@ FREE = {
     *("lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_"),
     *("_has_compatible_shallow_copy_type", "is_same_size", "real", "movedim", "chunk", "narrow", "unflatten", "_conj"),
     *("view_as", "result_type", "record_stream", "squeeze_"),
+}
+# Operations that draw random numbers
+RANDOM = {
+    *("bernoulli", "bernoulli_", "native_dropout", "uniform_", "normal_", "exponential_", "random_", "multinomial"),
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal"),
 }
 # Operations that copy an index of the CPU to the GPU by themselves
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
@@ -119,6 +123,7 @@ class PretendedGpu(TorchFunctionMode):
         self.copies: Counter[tuple[str, str]] = Counter()
         self.launches: Counter[str] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
+        self.seed(0)
 
     # --- tags ---------------------------------------------------------------------------------------------------------
 
@@ -164,6 +169,23 @@ class PretendedGpu(TorchFunctionMode):
         self.pinned.discard(key)
         self.live -= self.sizes.pop(key, 0)
 
+    def seed(self, seed: int) -> None:
+        """Begin the GPU's own random numbers."""
+        self.random = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Random numbers drawn inside are the GPU's."""
+        with self._operations.unseen():
+            of_cpu = torch.get_rng_state()
+            torch.set_rng_state(self.random)
+        try:
+            yield
+        finally:
+            with self._operations.unseen():
+                self.random = torch.get_rng_state()
+                torch.set_rng_state(of_cpu)
+
     def waited(self, reason: str) -> None:
         """Count a wait of the program at this place."""
         self.waits[place(), reason] += 1
@@ -184,6 +206,8 @@ class PretendedGpu(TorchFunctionMode):
         me = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if getattr(func, "__name__", "") == "__get__":
             return self._attribute(func, me, args, kwargs)
+        if func is torch._C._nn._parse_to:  # pyright: ignore
+            return func(*(CUDA if type(value) is int else value for value in args), **kwargs)
         if me is not None and (answer := _METHODS.get(func)) is not None:
             return answer(self, func, me, args[1:], kwargs)
         if (kernel := _kernel_of(func)) is not None and any(self.device_of(x) == CUDA for x in args if is_plain(x)):
@@ -195,7 +219,9 @@ class PretendedGpu(TorchFunctionMode):
         if wanted is not None:
             wanted = CUDA if isinstance(wanted, int) else torch.device(wanted)
             kwargs["device"] = CPU if wanted.type == "cuda" else wanted
-        out = func(*args, **kwargs)
+        draws = wanted is not None and wanted.type == "cuda" and getattr(func, "__name__", "") in RANDOM
+        with self.drawing() if draws else contextlib.nullcontext():
+            out = func(*args, **kwargs)
         if wanted is not None and wanted.type != "meta":
             self._made(func, out, CUDA if wanted.type == "cuda" else CPU)
         elif is_plain(out) and self.tags.get(storage_of(out)) is None and not _tensors(args, kwargs):
@@ -348,13 +374,12 @@ def place() -> str:
     frame: Any = sys._getframe(1)
     last = None
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
+        path, function = Path(frame.f_code.co_filename), frame.f_code.co_qualname.partition(".<")[0]
         if "torch" not in path.parts and not path.name.startswith("pretended_") and path.name != "contextlib.py":
-            name = f"{path.parent.name}/{path.name} {frame.f_code.co_qualname.replace('.<locals>', '')}"
-            last = last or name
+            last = last or f"{path.parent.name}/{path.name} {function}"
             if path.is_relative_to(ROOT):
-                own = f"{path.relative_to(ROOT).as_posix()} {frame.f_code.co_qualname.replace('.<locals>', '')}"
-                return own if last == name else f"{own} via {last}"
+                own = f"{path.relative_to(ROOT).as_posix()} {function}"
+                return own if last.endswith(own) else f"{own} via {last}"
         frame = frame.f_back
     return f"? via {last}"
 
@@ -389,10 +414,15 @@ class _Operations(TorchDispatchMode):
             name = (getattr(func, "_qualified_op_name", None) or func._name).partition("::")[2]
             short = name.partition(".")[0]
             if on_gpu:
-                self._check(name, short, known, kwargs)
+                self._check(name, short, known, args, kwargs)
             if kernel is not None and on_gpu:
                 with self.unseen():
                     out = kernel(self.gpu, *args, **kwargs)
+            elif on_gpu and short in RANDOM:
+                if kwargs.get("generator") is not None:
+                    raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+                with self.gpu.drawing():
+                    out = func(*args, **kwargs)
             else:
                 out = func(*args, **kwargs)
             device = CUDA if on_gpu else CPU if any(tag == CPU for _, tag in known) else None
@@ -405,11 +435,12 @@ class _Operations(TorchDispatchMode):
             self.gpu.launches[short] += 1
         return out
 
-    def _check(self, name: str, short: str, known: list[tuple[torch.Tensor, Any]], kwargs: Any) -> None:
+    def _check(self, name: str, short: str, known: list[tuple[torch.Tensor, Any]], args: Any, kwargs: Any) -> None:
         """Record a mix, a wait or a copy of an operation with a tensor on the GPU."""
         if short == "copy_" and len(known) == 2 and CPU in (known[0][1], known[1][1]):
             to_gpu = known[0][1] == CUDA
-            self.gpu.copied(known[1][0], to_gpu, not kwargs.get("non_blocking"))
+            later = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            self.gpu.copied(known[1][0], to_gpu, not later)
             return
         strangers = [t for t, tag in known if tag == CPU and t.dim() > 0]
         if strangers and short in INDEXING and known[0][1] == CUDA:
