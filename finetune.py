@@ -13,7 +13,7 @@ from pathlib import Path
 from persona.console import run_script
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("config/default.json"), metavar="FILE",
                         help="JSON file of settings (default: %(default)s)")  # fmt: skip
@@ -24,9 +24,19 @@ def main() -> None:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--show", type=int, metavar="N",
                         help="print N training examples as the model reads them, without training")  # fmt: skip
+    parser.add_argument("--doctor", action="store_true",
+                        help="check whether this machine can train, and say what to do where it cannot")  # fmt: skip
+    parser.add_argument("--report", type=Path, metavar="FILE",
+                        help="with --doctor: write the checks to FILE too, without your name and folders")  # fmt: skip
     args = parser.parse_args()
     if args.show is not None and args.show < 1:
         parser.error(f"--show takes a number from 1 on, not {args.show}")
+    if args.report is not None and not args.doctor:
+        parser.error("--report FILE goes with --doctor")
+    if args.doctor:
+        from persona.train.doctor import examine
+
+        return examine(lambda text: print(text, flush=True), args.report)
 
     from persona.train.devices import joined
 
@@ -34,6 +44,7 @@ def main() -> None:
         from persona.train.command import tune
 
         tune(args.config, args.set, args.resume == "auto", args.show, devices)
+    return 0
 
 
 if __name__ == "__main__":

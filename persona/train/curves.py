@@ -5,6 +5,7 @@ It avoids pyplot, which keeps global state and may ask for a display.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -59,7 +60,7 @@ Droid Sans Fallback,Arial Unicode MS,Microsoft JhengHei,Yu Gothic,MS Gothic,Malg
 
 def drawable(name: str) -> str:
     """`name` as the picture shows it: characters that no installed font has as ASCII escapes, and a long name cut."""
-    shown = (c if c.isascii() or _has_glyph(c) else c.encode("ascii", "backslashreplace").decode() for c in name)
+    shown = (c if c.isascii() or has_glyph(c) else c.encode("ascii", "backslashreplace").decode() for c in name)
     return excerpt("".join(shown), 60)
 
 
@@ -242,11 +243,17 @@ def _marker(values: Sequence[float], single: bool = False) -> str:
 def _families() -> list[str]:
     """The fonts, in the order in which matplotlib looks for a character: its own, and one with Chinese ones."""
     installed = set(font_manager.get_font_names())
+    if installed.isdisjoint(_CJK_FONTS):  # matplotlib lists the fonts once and does not see one installed since
+        for path in {*font_manager.findSystemFonts()} - {font.fname for font in font_manager.fontManager.ttflist}:
+            with suppress(OSError, RuntimeError):  # bitmap and broken fonts
+                font_manager.fontManager.addfont(path)
+        installed = set(font_manager.get_font_names())
     return ["DejaVu Sans", *[font for font in _CJK_FONTS if font in installed][:1]]
 
 
 @cache
-def _has_glyph(character: str) -> bool:
+def has_glyph(character: str) -> bool:
+    """Whether a font in which the curves are written has `character`."""
     fonts = (font_manager.get_font(font_manager.findfont(family)) for family in _families())
     return any(font.get_char_index(ord(character)) for font in fonts)
 

@@ -56,7 +56,7 @@ def run_folder(tmp_path):
 def no_cjk_font(monkeypatch):
     def forget():
         curves._families.cache_clear()
-        curves._has_glyph.cache_clear()
+        curves.has_glyph.cache_clear()
 
     monkeypatch.setattr(curves, "_CJK_FONTS", ())
     forget()
