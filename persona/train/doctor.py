@@ -121,6 +121,7 @@ def _cuda(torch: Any) -> str:
 
 
 def python() -> Check:
+    """The version of Python and the system it runs on."""
     version, bits = sys.version_info[:2], 8 * struct.calcsize("P")
     text = f"{platform.python_version()}, {bits} bits, {platform.system()} {platform.release()}, {platform.machine()}"
     if version < OLDEST or bits != 64:
@@ -236,6 +237,7 @@ def attention() -> Check:
 
 
 def memory() -> Check:
+    """The computer's free memory."""
     import psutil
 
     state = psutil.virtual_memory()
@@ -270,6 +272,7 @@ def _free(folder: Path) -> int:
 
 
 def fonts() -> Check:
+    """Whether a font with Chinese characters is there for the curves."""
     from persona.train.curves import has_glyph
 
     if has_glyph("汉"):
