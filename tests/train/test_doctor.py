@@ -12,6 +12,8 @@ from pathlib import Path
 
 import bitsandbytes
 import pytest
+import torch
+from making.pretended_gpu import PretendedGpu
 from matplotlib import font_manager
 
 from persona.model import device
@@ -79,6 +81,20 @@ def test_an_unused_gpu_is_a_fault_and_none_a_note(monkeypatch):
     assert check.state == "fault"
     assert "RTX 4060" in check.text
     assert "driver 580" in check.text
+
+
+def test_a_gpu_is_named_with_its_memory_and_multiplies(monkeypatch):
+    monkeypatch.setattr(device, "nvidia_gpu", lambda: ("NVIDIA GeForce RTX 4060", "581.42"))
+    with PretendedGpu(gib=8, name="NVIDIA GeForce RTX 4060") as gpu:
+        lines = [doctor.gpu(), doctor.four_bits(), doctor.attention()]
+        taken = torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda")
+        assert (doctor.gpu().state, doctor.gpu().advice[:14]) == ("note", "close programs")
+        del taken
+    assert [line.state for line in lines] == ["ok", "ok", "ok"]
+    assert "RTX 4060 (compute capability 8.9), driver 581.42, 8.0 of 8.0 GiB free, trains in bf16" in lines[0].text
+    assert "on the cuda" in lines[1].text
+    assert "fused kernels" in lines[2].text
+    assert gpu.mixes == []
 
 
 def test_four_bits_that_multiply_wrongly_are_found(monkeypatch):
