@@ -40,10 +40,13 @@ def main() -> None:
         print(describe_check(command.inputs, command.options))
         return
     shown = command.preview or 0
-    conversion = convert(command.inputs, command.options, command.output, shown)
+    names = {name for name, _ in command.earlier}
+    conversion = convert(command.inputs, command.options, command.output, shown, names)
     if shown:
         print(preview(conversion.records, conversion.report.counts.written))
     print(describe(conversion.report, conversion.rejections))
+    if note := command.changes(conversion.report.files):
+        print(note)
     listed = ", ".join(conversion.written)
     print(f"written to {command.output}: {listed}" if listed else "preview: nothing was written")
     if failure := verdict(conversion.report.counts, command.options.max_reject):

@@ -74,7 +74,7 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
         limit = {"style": "compare style on N conversations", "ab-make": "show N pairs of replies"}
         text = limit.get(verb, "compare style on N conversations and ask N questions about the lore")
         parser.add_argument("--limit", type=positive, metavar="N", help=f"{text}, drawn at random (default: all)")
-    if verb != "score":
+    if verb not in ("score", "style"):
         other = "that of the first file" if verb == "ab-make" else "outputs/NAME-evaluation"
         folder = f"folder for the results (default: the run's, else {other})"
         parser.add_argument("--output", type=Path, metavar="DIR", help=folder)

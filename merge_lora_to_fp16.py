@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     gguf = "write the merged model also as GGUF, with Ollama's Modelfile beside it; needs --llama-cpp"
     files.add_argument("--gguf", type=Path, metavar="OUT.gguf", help=gguf)
     outtype = "number format of the --gguf file; q8_0 is half the size (default: f16)"
-    files.add_argument("--outtype", default="f16", choices=["f16", "bf16", "q8_0"], help=outtype)
+    files.add_argument("--outtype", choices=["f16", "bf16", "q8_0"], help=outtype)
     files.add_argument(
         "--gguf-adapter",
         type=Path,
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     files.add_argument(
         "--examples",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="number of training conversations to put on the card as examples (default: 0)",
@@ -65,6 +65,12 @@ def parse_arguments() -> argparse.Namespace:
     if args.no_verify and args.compare_bases:
         parser.error("--compare-bases measures both merges; it cannot be combined with --no-verify")
     return args
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, found {text!r}")
+    return int(text)
 
 
 def main() -> None:

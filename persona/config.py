@@ -6,6 +6,7 @@ Unknown keys are errors, all mistakes are reported together, and values are neve
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -209,13 +210,15 @@ class Config(Section):
 
 def load_config(path: Path, overrides: list[str]) -> Config:
     """The settings in `path`, changed by `section.key=value` overrides; raises `UsageError` naming every mistake."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"{path} is a folder; name the JSON file in it, for example {path / 'config.json'}.")
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists() raises for a name longer than a file's may be
         raise UsageError(f"{path}: no such file. Start from config/default.json or one of config/presets/.")
     values = read_json(path, "JSON has no comments, no comma after the last item, and only double quotes.")
     values.pop("$schema", None)  # for editors
     mistakes = [problem for text in overrides if (problem := _override(values, text)) is not None]
+    if "\\u0000" in json.dumps(values):
+        mistakes.append("a text holds the character \\u0000, which can be in no path and no prompt; delete it")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

@@ -1,5 +1,6 @@
 """Output on the terminal: safe text, aligned tables, progress, colour, errors without tracebacks."""
 
+import errno
 import os
 import re
 import sys
@@ -8,9 +9,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 
-from persona.errors import EnvironmentFault, PersonaError
+from persona.errors import EnvironmentFault, PersonaError, UsageError
 
 GREEN, GREY = 32, 90  # as a terminal numbers them
+_BAD_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_BAD_DISK = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 # C0 without tab and newline, DEL, C1, and the bidirectional controls, with which a text could steer the terminal
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -114,4 +117,12 @@ def run_script(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `... | head` closed the pipe; the interpreter must not try to flush it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # the system refuses a path; whoever can say more about it does so before
+        if error.errno not in (*_BAD_PATH, *_BAD_DISK):
+            raise
+        is_path = error.errno in _BAD_PATH
+        advice = "Choose another path." if is_path else "Check the permissions, and the space on the disk."
+        place = f"{excerpt(str(error.filename))}: " if error.filename is not None else ""
+        print(f"{place}{error.strerror}. {advice}", file=sys.stderr)
+        code = (UsageError if is_path else EnvironmentFault).exit_code
     sys.exit(code)

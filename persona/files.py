@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
 import sys
 import time
 from collections import Counter
@@ -19,6 +21,7 @@ from persona.errors import UsageError
 MARKER = "COMPLETE.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 AGAIN = "Copy or download it again completely."
+_HALF = re.compile("[\ud800-\udfff]")
 _PAUSES = (0.5, 1.5)  # seconds between the tries of a rename
 JsonObject = dict[str, Any]  # an object of JSON that others write, so any key may hold anything
 
@@ -30,6 +33,7 @@ def read_json(path: Path, advice: str = AGAIN) -> JsonObject:
         text = path.read_text(encoding="utf-8-sig")
         _FAULTS.clear()
         value = json.loads(text, object_pairs_hook=_collect, parse_int=_integer)
+        _note_depth(value, text)
     except json.JSONDecodeError as error:
         line = excerpt(text.split("\n")[error.lineno - 1].strip(), 80)
         place = f"{path}:{error.lineno}:{error.colno}"
@@ -41,8 +45,36 @@ def read_json(path: Path, advice: str = AGAIN) -> JsonObject:
     if _FAULTS:
         raise UsageError(f"{path}: {_FAULTS[0]}. {advice}")
     if not isinstance(value, dict):
-        raise UsageError(f"{path}: expected an object {{...}}, found {excerpt(json.dumps(value), 40)}. {advice}")
+        raise UsageError(f"{path}: expected an object {{...}}, found {excerpt(text, 40)}. {advice}")
     return value
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Raise `UsageError` if `folder` cannot be made: a part of its path is a file, or a name is too long."""
+    for path in (folder, *folder.parents):
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):  # the file itself is further up
+            continue
+        except OSError as error:
+            reason = f"cannot be a folder: {error.strerror}"
+            raise UsageError(f"{option} {excerpt(str(folder))} {reason}. Choose another.") from None
+        if is_folder:
+            return
+        raise UsageError(f"{option} {folder} cannot be a folder, since {path} is a file. Choose another.")
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise `UsageError` if `path` cannot be written as a file by `appearing_file`: its folder, its name, a folder."""
+    check_folder(path.parent, option)
+    if os.path.isdir(path):
+        raise UsageError(f"{option} {path} is a folder. Name a file in it.")
+    try:
+        _staging(path).lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(f"{option} {excerpt(str(path))}: {error.strerror}. Choose another.") from None
 
 
 def file_sha256(path: Path) -> str:
@@ -65,7 +97,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 @contextmanager
 def appearing(folder: Path, marked: bool = False) -> Iterator[Path]:
     """An empty folder to write to; when the block ends well it becomes `folder`, complete or not at all (`publish`)."""
-    with scratch(folder.with_name(f".staging-{folder.name}")) as staging:
+    with scratch(_staging(folder)) as staging:
         yield staging
         publish(staging, folder, marked)
 
@@ -73,7 +105,7 @@ def appearing(folder: Path, marked: bool = False) -> Iterator[Path]:
 @contextmanager
 def appearing_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; when the block ends well that file becomes `path`, flushed to the disk."""
-    staging = path.with_name(f".staging-{path.name}")
+    staging = _staging(path)
     staging.unlink(missing_ok=True)
     try:
         yield staging
@@ -82,6 +114,10 @@ def appearing_file(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".staging-{path.name}")
 
 
 def publish(staging: Path, folder: Path, marked: bool = False) -> None:
@@ -170,14 +206,15 @@ def write_text(path: Path, text: str) -> None:
 def fault_in(folder: Path) -> str | None:
     """Why `folder` is no complete checkpoint or adapter, or None when every file is as it was written."""
     try:
-        entries = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+        files = read_json(folder / MARKER)["files"]
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (UsageError, KeyError, TypeError, AttributeError):
         return f"no readable {MARKER}"
-    for name, entry in entries.items():
+    for name, (size, digest) in entries.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size or file_sha256(path) != digest:
             return f"{name} has changed since it was written"
     return None
 
@@ -199,9 +236,21 @@ def scan_json(text: str, start: int = 0) -> tuple[Any, int, str | None]:
         value, end = _STRICT.raw_decode(text, start)
     except RecursionError:
         raise json.JSONDecodeError(f"Nested deeper than {MAX_DEPTH} levels", text, start) from None
-    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
-        _FAULTS.append(f"it is nested deeper than {MAX_DEPTH} levels")
+    _note_depth(value, text, start, end)
     return value, end, _FAULTS[0] if _FAULTS else None
+
+
+def whole_json(text: str) -> Any:
+    """The one JSON value in `text`; raises json.JSONDecodeError for broken syntax, ValueError for a fault."""
+    start = len(text) - len(text.lstrip())
+    value, end, fault = scan_json(text, start)
+    if text[end:].strip():
+        raise json.JSONDecodeError("Extra data", text, end)
+    if not fault and "\\u" in text and _HALF.search(json.dumps(value, ensure_ascii=False)):
+        fault = "a text holds half of a character (a lone surrogate)"
+    if fault:
+        raise ValueError(fault)
+    return value
 
 
 # One decoder for all values, since building one takes as long as reading a short record. It notes faults here and goes
@@ -235,6 +284,11 @@ def _integer(digits: str) -> int:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_collect, parse_constant=_constant, parse_float=_real, parse_int=_integer)
+
+
+def _note_depth(value: Any, text: str, start: int = 0, end: int | None = None) -> None:
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        _FAULTS.append(f"it is nested deeper than {MAX_DEPTH} levels")
 
 
 def _deeper_than(value: JsonObject | list[Any], limit: int) -> bool:

@@ -150,8 +150,8 @@ def _show(value: object) -> str:
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a JSONL file; a DataError names every line that cannot be used."""
     path = Path(path)
-    if not path.is_file():
-        fault = "is not a file" if path.exists() else "does not exist"
+    if not os.path.isfile(path):  # Path.is_file() raises for a name longer than a file's may be
+        fault = "is not a file" if os.path.exists(path) else "does not exist"
         raise DataError(f"{path} {fault}. Make it with: python convert_dataset.py INPUT --output {path.parent}")
     records: list[Record] = []
     faults: list[str] = []

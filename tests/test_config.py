@@ -55,6 +55,10 @@ def test_defaults_fill_what_is_left_out(tmp_path):
     assert config.seed == 0
 
 
+def test_a_character_that_no_path_can_hold_is_refused(tmp_path):
+    assert "\\u0000" in complaint(tmp_path, changed("training.output_dir", "a\0b"))
+
+
 def test_every_mistake_is_reported_at_once(tmp_path):
     values = {
         "model": {},

@@ -1,5 +1,7 @@
 """What reaches the terminal: text of others cannot steer it, columns line up, and every end has its exit code."""
 
+import errno
+import re
 import subprocess
 import sys
 import time
@@ -171,6 +173,20 @@ def test_a_library_that_is_missing_is_named(capsys):
     assert "pip install -r requirements.txt" in said
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENAMETOOLONG, 2), (errno.ENOTDIR, 2), (errno.EEXIST, 2), (errno.EACCES, 4), (errno.ENOSPC, 4)],
+)
+def test_a_path_that_the_system_refuses_is_named(capsys, number, code):
+    assert exit_code(raising(OSError(number, "refused", "a\x1b/b" * 60))) == code
+    place, _, rest = capsys.readouterr().err.partition(": ")
+    assert place.startswith("a\\x1b/b")
+    assert len(place) == 80
+    assert re.match(r"refused\. C(hoose|heck) ", rest)
+    assert exit_code(raising(OSError(number, "refused"))) == code
+    assert capsys.readouterr().err.startswith("refused. ")
+
+
 @pytest.mark.parametrize("name", ["persona.gone", "torch.gone", None])
 def test_a_part_that_is_missing_of_what_is_there_is_a_bug(name):
     with pytest.raises(ModuleNotFoundError):
@@ -185,6 +201,8 @@ def test_the_code_that_main_returns(returned, code):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 // 0)
+    with pytest.raises(FileNotFoundError):  # whoever names a file that may be missing says so
+        run_script(lambda: Path("gone").read_bytes())
 
 
 def python(code, **options):

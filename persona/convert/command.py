@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from persona.convert.cleaning import clean_text
 from persona.convert.formats.recognise import NAMES
 from persona.convert.inputs import probe, read_text
 from persona.convert.options import GROUPS, Flag, Options, Tokenize
+from persona.convert.reading import Opened
 from persona.errors import UsageError
 from persona.files import JsonObject, read_json
 from persona.records import RecordFault
@@ -113,15 +115,27 @@ class Command:
     preview: int | None
     check: bool
     options: Options
+    earlier: frozenset[tuple[str, str]] = frozenset()
+    """Name and SHA-256 of each file of the conversion that is repeated with the same inputs."""
+
+    def changes(self, files: Iterable[Opened]) -> str | None:
+        """A note that names the files that are not those of the earlier conversion, or None."""
+        names = dict(sorted(self.earlier ^ {(file.source.name, file.probed.digest) for file in files}))
+        if not self.earlier or not names:
+            return None
+        return f"note: changed since the earlier conversion, so the result may differ: {excerpt(', '.join(names))}"
 
 
 def command_of(arguments: argparse.Namespace, load: Callable[[str | None], tuple[str, Tokenize]]) -> Command:
     """The command that the arguments name; a UsageError says which flag is wrong, and what to write."""
     flags = {name: value for name, value in vars(arguments).items() if name in Options.model_fields}
     values = {name: _read(Options.model_fields[name], value) for name, value in flags.items() if value is not None}
-    inputs, output = arguments.inputs, arguments.output
+    if "system" in values:
+        values["system"] = _system_text(values["system"])
+    inputs, output, earlier = arguments.inputs, arguments.output, frozenset[tuple[str, str]]()
     if arguments.repeated:
-        saved_inputs, saved = _saved(arguments.repeated)
+        saved_inputs, saved, saved_files = _saved(arguments.repeated)
+        earlier = earlier if inputs else saved_files
         inputs, values, output = inputs or saved_inputs, saved | values, output or arguments.repeated.parent
     if not inputs:
         raise UsageError("Name the files or folders to convert, for example: play.txt --character ROMEO --output DIR")
@@ -129,9 +143,12 @@ def command_of(arguments: argparse.Namespace, load: Callable[[str | None], tuple
         raise UsageError("Give --output DIR for the results, or --preview N to look first.")
     if arguments.preview is not None and arguments.preview < 1:
         raise UsageError(f"--preview {arguments.preview}: give the number of records to show, for example 3.")
+    if arguments.preview is not None and arguments.check:
+        raise UsageError("--check shows no records, so --preview cannot be given with it. Leave one of them out.")
     options = choose(values)
     options = options.model_copy(update={"load_tokenizer": partial(load, options.tokenizer)})
-    return Command(inputs, None if arguments.preview else output, arguments.preview, arguments.check, options)
+    target = None if arguments.preview else output
+    return Command(inputs, target, arguments.preview, arguments.check, options, earlier)
 
 
 def _read(field: FieldInfo, text: Any) -> Any:
@@ -143,17 +160,19 @@ def _read(field: FieldInfo, text: Any) -> Any:
         return text
 
 
-def _saved(path: Path) -> tuple[list[str], JsonObject]:
-    """The inputs and options that a report.json holds."""
+def _saved(path: Path) -> tuple[list[str], JsonObject, frozenset[tuple[str, str]]]:
+    """The inputs and options that a report.json holds, and name and SHA-256 of each file."""
     report = read_json(path, "Give a report.json that convert_dataset.py has written.")
-    inputs, options = report.get("inputs"), report.get("options")
-    if not isinstance(inputs, list) or not isinstance(options, dict):
-        raise UsageError(f"{path}: it does not say how it was made. Convert once more with flags instead of --from.")
-    return [str(name) for name in inputs], options
+    try:
+        inputs, options = [str(name) for name in report["inputs"]], dict(report["options"])
+        return inputs, options, frozenset((str(file["file"]), str(file["sha256"])) for file in report.get("files", []))
+    except (KeyError, TypeError, ValueError):
+        fix = "Convert once more with flags instead of --from."
+        raise UsageError(f"{path}: it does not say how it was made. {fix}") from None
 
 
 def choose(values: Mapping[str, Any]) -> Options:
-    """The options with these values, the text of --system @FILE read; a UsageError names each wrong flag."""
+    """The options with these values; a UsageError names each wrong flag."""
     try:
         options = Options.model_validate(dict(values))
     except ValidationError as error:
@@ -186,14 +205,20 @@ def _wanted(field: FieldInfo) -> str:
     return " ".join([_NUMBERS.get(kind, "true or false" if kind is bool else "a text"), " and ".join(bounds)]).strip()
 
 
+def _system_text(text: str) -> str:
+    """`text`, or the contents of FILE when it is `@FILE`; report.json holds texts and names no files."""
+    if not text.startswith("@"):
+        return text
+    path = Path(text[1:]).expanduser()
+    if not os.path.isfile(path):
+        name = excerpt(str(path))
+        raise UsageError(f"--system @{name}: {name} does not exist. Name a text file, or give the text itself.")
+    return read_text(path, str(path), probe(path, str(path)))
+
+
 def _system_prompt(options: Options) -> str:
-    """The text of --system, or that of its @FILE; {character} stays, for a repetition with another name."""
+    """The cleaned text of --system; {character} stays, for a repetition with another name."""
     text = options.system or ""
-    if text.startswith("@"):
-        path = Path(text[1:]).expanduser()
-        if not path.is_file():
-            raise UsageError(f"--system {text}: {path} does not exist. Name a text file, or give the text itself.")
-        text = read_text(path, str(path), probe(path, str(path)))
     if "{character}" in text and not options.characters:
         raise UsageError("--system holds {character}: add --character NAME to fill it in.")
     try:

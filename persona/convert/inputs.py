@@ -114,8 +114,8 @@ def _guessed(path: Path, name: str, zeros: bool) -> tuple[str, str, str | None]:
 
 def _demand(path: Path, name: str, encoding: str) -> None:
     try:
-        codecs.lookup(encoding)
-    except LookupError:
+        "".encode(encoding)  # unlike codecs.lookup refuses hex, rot13 and others that are not of text
+    except (LookupError, ValueError):
         raise UsageError(f"--encoding {encoding} is not known. Examples: utf-8, gb18030, big5, shift_jis.") from None
     if fault := _fault(path, encoding.removesuffix("-sig")):
         raise DataError(name + fault)

@@ -4,6 +4,7 @@ The command line is generated from it, and report.json holds it, so that a conve
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ TEMPLATES = ("continue", "expand", "rewrite")
 LINE_KINDS = ("thoughts", "notes", "silence", "marks")
 ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_RATIO = 0.1
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def _templates(value: Any) -> dict[str, float]:
             parts = (part.strip().partition("=") for part in value.split(","))
             value = {name: float(weight or 1) for name, _, weight in parts}
         weights: dict[str, float] = dict.fromkeys(TEMPLATES, 0.0) | value
-        if len(weights) == len(TEMPLATES) and all(0 <= weight <= 1 for weight in weights.values()):
+        numbers = all(type(weight) in (int, float) and 0 <= weight <= 1 for weight in weights.values())
+        if numbers and len(weights) == len(TEMPLATES):
             return weights
     except (TypeError, ValueError):
         pass
@@ -62,19 +65,19 @@ def _templates(value: Any) -> dict[str, float]:
 
 def _range(value: Any) -> tuple[int, int]:
     """300-800 as two numbers."""
-    try:
-        low, high = map(int, value.split("-") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        low = high = 0
-    if not 20 <= low < high < 10**9:
-        raise ValueError("two numbers of at least 20, the smaller first, for example 300-800")
-    return low, high
+    match = _RANGE.fullmatch(value) if isinstance(value, str) else None
+    bounds: Any = list(map(int, match.groups())) if match else value
+    if isinstance(bounds, list | tuple) and len(bounds) == 2 and all(type(bound) is int for bound in bounds):
+        low, high = bounds
+        if 20 <= low < high < 10**9:
+            return low, high
+    raise ValueError("two whole numbers of at least 20, the smaller first, for example 300-800")
 
 
 def _line_kinds(value: Any) -> tuple[str, ...]:
     """notes,silence as names of kinds of lines; none for none."""
     parts = value.split(",") if isinstance(value, str) else value
-    names = [str(part).strip() for part in parts] if isinstance(parts, list | tuple) else [""]
+    names = [str(part).strip() for part in parts] if isinstance(parts, list | tuple) else [str(parts)]
     if not {*names} <= {*LINE_KINDS, "none", ""}:
         raise ValueError(f"some of {', '.join(LINE_KINDS)} with commas between them, or none")
     return tuple(name for name in names if name not in ("none", ""))

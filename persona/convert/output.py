@@ -19,10 +19,13 @@ _BUFFERED = 1 << 16
 
 @contextmanager
 def explain_disk(folder: Path) -> Iterator[None]:
-    """An EnvironmentFault for what the disk refuses, in words."""
+    """An EnvironmentFault for what the disk refuses in `folder`, in words; other paths are not its business."""
     try:
         yield
     except OSError as error:
+        ours, path = os.path.abspath(folder), os.path.abspath(str(error.filename or folder))
+        if os.path.commonpath([ours, path]) not in (ours, path):
+            raise
         fix = "Choose another folder, or free space and permissions."
         raise EnvironmentFault(f"{folder} cannot be written: {error.strerror}. {fix}") from error
 

@@ -25,6 +25,7 @@ from persona.convert.reading import Opened, open_source, read_together
 from persona.convert.report import Report, readable, warnings_of
 from persona.convert.statistics import advice, measure
 from persona.errors import DataError, UsageError
+from persona.files import check_folder
 from persona.records import SHOWN_FAULTS, Record
 
 # In the order in which they get their names: the data before the reports
@@ -88,12 +89,19 @@ class Conversion:
     written: list[str]  # names of files
 
 
-def convert(inputs: Sequence[str], options: Options, output: Path | None, keep: int = 0) -> Conversion:
+def convert(
+    inputs: Sequence[str], options: Options, output: Path | None, keep: int = 0, names: Collection[str] = ()
+) -> Conversion:
     """Convert all inputs and write `output`, all files or none; without `output`, write nothing.
 
-    The first `keep` records are kept, to be shown. One DataError names all files that cannot be read.
+    The first `keep` records are kept, to be shown. With `names`, files of other names are left out. One DataError names
+    all files that cannot be read.
     """
     sources, skipped = find_sources(inputs)
+    if names:
+        others = [source for source in sources if source.name not in names]
+        skipped += [f"{source.path}: not a part of the conversion that is repeated" for source in others]
+        sources = [source for source in sources if source.name in names]
     if output:
         check_output(output, sources)
     opened, faults = _survey(sources, options, skipped)
@@ -116,8 +124,8 @@ def convert(inputs: Sequence[str], options: Options, output: Path | None, keep: 
         counts.check()
         formats = {file.format for file in opened}
         only = formats.pop() if len(formats) == 1 else None
-        names = dict(only.names) if isinstance(only, TextFormat) else {}
-        lines, sample = ledger.finish(names)
+        renamed = dict(only.names) if isinstance(only, TextFormat) else {}
+        lines, sample = ledger.finish(renamed)
         if options.val_ratio and counts.written and not lines[VALIDATION]:
             records = "1 record" if counts.written == 1 else f"{counts.written:,} records"
             raise DataError(
@@ -135,7 +143,7 @@ def convert(inputs: Sequence[str], options: Options, output: Path | None, keep: 
             files=opened,
             skipped=skipped,
             speakers=dict(speakers.most_common(_SPEAKERS_SAVED)),
-            names={"train": names.get(TRAIN, TRAIN), "val": names.get(VALIDATION, VALIDATION)},
+            names={"train": renamed.get(TRAIN, TRAIN), "val": renamed.get(VALIDATION, VALIDATION)},
             statistics=statistics,
             warnings=warnings_of(counts, lines[VALIDATION], chosen, folder) + advice(sample, statistics),
             inputs=list(inputs),
@@ -151,12 +159,11 @@ def convert(inputs: Sequence[str], options: Options, output: Path | None, keep: 
 
 
 def check_output(output: Path, sources: Sequence[Source]) -> None:
-    """A UsageError if writing to `output` would destroy an input."""
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file. Name a folder.")
-    inputs = {source.path.resolve() for source in sources}
+    """A UsageError if `output` cannot be a folder, or writing to it would destroy an input."""
+    check_folder(output, "--output")
+    files = {source.path.resolve() for source in sources}
     for name in OUTPUTS:
-        if (output / name).resolve() in inputs:
+        if (output / name).resolve() in files:
             raise UsageError(f"{output / name} is an input and would be overwritten. Choose another --output.")
 
 

@@ -3,6 +3,7 @@
 torch is imported only after all data was read, so that a wrong file is an error at once.
 """
 
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from persona.console import progress, safe
+from persona.errors import UsageError
 from persona.evaluate import tables
 from persona.evaluate.copying import copied
 from persona.evaluate.predictions import (
@@ -74,6 +76,7 @@ def evaluate(request: Request, report: Report) -> None:
         read_subject(path, request.config, list(request.overrides), request.data, request.output, request.base_texts)
         for path in ([request.paths] if isinstance(request.paths, str) else request.paths or [None])
     ]
+    _refuse_unused(request, subjects[0])
     controls = read_controls(request.control)
     for note in dict.fromkeys(note for subject in subjects for note in subject.notes):
         report(f"  note: {note}")
@@ -89,6 +92,21 @@ def evaluate(request: Request, report: Report) -> None:
             run_style(subjects[0], request.load_in_4bit, request.batch_size, request.limit, report)
         else:
             run_report(subjects[0], controls, request.load_in_4bit, request.batch_size, request.limit, report)
+
+
+def _refuse_unused(request: Request, subject: Subject) -> None:
+    """Raise `UsageError` for an option that would do nothing with this subject."""
+    texts = subject.texts is not None
+    unused = {
+        "--base-texts": not texts and request.base_texts,
+        "--control": texts and request.control,
+        "--limit": texts and request.limit,
+        "--load-in-4bit": texts and request.load_in_4bit,
+        "--output": texts and request.verb == "predict" and request.output,
+    }
+    for option in (option for option, value in unused.items() if value):
+        kind = "a file of replies" if texts else "a model, which writes the base's replies itself"
+        raise UsageError(f"{option} does nothing for {request.verb} with {kind}. Leave it out.")
 
 
 def run_score(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: bool, report: Report) -> None:
@@ -225,7 +243,7 @@ def _curve(run: Path | None) -> Curve | None:
 def _data(subject: Subject) -> tuple[DataStatistics, ...]:
     """Counts of the files that were trained and measured on."""
     data = subject.config.data
-    paths = [Path(name) for name in (data.train_file, data.lore_file) if name is not None and Path(name).is_file()]
+    paths = [Path(name) for name in (data.train_file, data.lore_file) if name is not None and os.path.isfile(name)]
     files = [(path, read_records(path)) for path in paths]
     return tuple(_statistics(*file) for file in [*files, (subject.held_out.path, subject.held_out.records)])
 

@@ -11,7 +11,7 @@ from persona.console import excerpt
 from persona.errors import DataError
 from persona.evaluate.results import Exchange, Replies, Sides, Span
 from persona.evaluate.style.words import units
-from persona.files import scan_json, write_json
+from persona.files import whole_json, write_json
 from persona.records import Record, speaks_as_ai
 
 PREDICTIONS, BASE_PREDICTIONS = "predictions.json", "predictions_base.json"
@@ -70,32 +70,26 @@ def _json_entries(path: Path, text: str) -> list[tuple[str, Any]]:
     """The objects of a JSON list or of JSONL; none if a text only begins like JSON (“[laughs] ...”)."""
     if text.lstrip().startswith("["):
         try:
-            values = _strict(text, str(path))
+            values = whole_json(text)
         except json.JSONDecodeError as error:
             if path.suffix == ".json":
                 raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
             return []
+        except ValueError as fault:
+            raise DataError(f"{path}: {fault}.") from None
         return [(f"{path}: entry {number}", value) for number, value in enumerate(values, 1)]
     entries = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                entries.append((f"{path}:{number}", _strict(line, f"{path}:{number}")))
+                entries.append((f"{path}:{number}", whole_json(line)))
             except json.JSONDecodeError as error:
                 if path.suffix not in (".json", ".jsonl"):
                     return []
                 raise DataError(f"{path}:{number}: not JSON: {error.msg}; write one object per line.") from None
+            except ValueError as fault:
+                raise DataError(f"{path}:{number}: {fault}.") from None
     return entries
-
-
-def _strict(text: str, place: str) -> Any:
-    start = len(text) - len(text.lstrip())
-    value, end, fault = scan_json(text, start)
-    if text[end:].strip():
-        raise json.JSONDecodeError("Extra data", text, end)
-    if fault:
-        raise DataError(f"{place}: {fault}.")
-    return value
 
 
 def _prediction(value: Any, place: str) -> Prediction:

@@ -1,5 +1,6 @@
 """The subject of an evaluation (run, merged model or file of texts) and its data, read before torch is imported."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Literal
 from persona.config import Config
 from persona.errors import UsageError
 from persona.evaluate.predictions import Prediction, asked, read_predictions
+from persona.files import check_folder
 from persona.model.adapters import Persona, kind_of, locate, merged_name, read_persona, run_settings
 from persona.model.dataset import choose_system_prompt
 from persona.records import Record, read_records
@@ -66,8 +68,10 @@ def read_subject(
         config = config.model_copy(update={"data": changed})
     if config.data.validation_file is None:
         raise UsageError("This run has no held-out conversations (data.validation_file); name some with --data FILE.")
+    if output is not None:
+        check_folder(output, "--output")  # before a model works for minutes
     path = Path(target).expanduser() if target is not None else None
-    if path is not None and path.is_file() and path.suffix != ".gguf":
+    if path is not None and os.path.isfile(path) and path.suffix != ".gguf":
         base = adapter = run = persona = None
         name, texts = path.stem, read_predictions(path)
     else:
@@ -124,7 +128,7 @@ def _training_data(config: Config) -> tuple[list[Record], tuple[str, ...]]:
     trained, notes = [], []
     for setting in ("train_file", "lore_file"):
         name = getattr(config.data, setting)
-        if name is not None and Path(name).is_file():
+        if name is not None and os.path.isfile(name):
             trained += read_records(Path(name))
         elif name is not None:
             notes.append(f"{name} is not here (data.{setting}): copies from it are not found")

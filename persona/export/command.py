@@ -12,7 +12,7 @@ from persona.errors import UsageError
 from persona.export.gguf import check_output, convert_adapter, convert_model, plain_lora
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_model
 from persona.export.ollama import modelfile
-from persona.files import JsonObject, write_json, write_text
+from persona.files import JsonObject, check_file, write_json, write_text
 from persona.model.adapters import read_persona
 from persona.model.dataset import read_system_prompt
 from persona.model.render import ChatFormat, Message
@@ -42,13 +42,15 @@ class Tuned:
 
 def check_options(options: Namespace, tuned: Tuned) -> None:
     """Raise `UsageError` for what would fail when the files are written, after the merge."""
-    outputs = [path for path in (options.gguf, options.gguf_adapter) if path is not None]
+    _refuse_unused(options)
+    named = {"--gguf": options.gguf, "--gguf-adapter": options.gguf_adapter}
+    outputs = {option: path for option, path in named.items() if path is not None}
     if outputs and options.llama_cpp is None:
         raise UsageError("--gguf and --gguf-adapter need --llama-cpp DIR, the folder of llama.cpp's source.")
-    if len({path.resolve() for path in outputs}) < len(outputs):
+    if len({path.resolve() for path in outputs.values()}) < len(outputs):
         raise UsageError(f"--gguf and --gguf-adapter name the same file, {options.gguf}.")
-    for path in outputs:
-        check_output(path, [tuned.base, tuned.adapter, tuned.merged])
+    for option, path in outputs.items():
+        check_output(path, option, [tuned.base, tuned.adapter, tuned.merged])
         beside = path.with_suffix(".Modelfile")
         if os.path.exists(beside) and not beside.read_text(encoding="utf-8", errors="replace").startswith(_OURS):
             raise UsageError(f"{beside} exists and was not written by this script; move it, or name another GGUF file.")
@@ -58,21 +60,41 @@ def check_options(options: Namespace, tuned: Tuned) -> None:
     if options.gguf_adapter:
         check_checkout(options.llama_cpp, ADAPTER_SCRIPT)
         plain_lora(tuned.adapter, tuned.base)
-    if options.character_card is not None and options.character_card.suffix != ".json":
-        raise UsageError(f"{options.character_card}: name the character card NAME.json.")
+    if options.character_card is not None:
+        if options.character_card.suffix != ".json":
+            raise UsageError(f"{options.character_card}: name the character card NAME.json.")
+        check_file(options.character_card, "--character-card")
     read_system_prompt(options.greeting, "--greeting")
     train_file = tuned.config.data.train_file
-    if options.examples and not Path(train_file).is_file():
+    if options.examples and not os.path.isfile(train_file):
         raise UsageError(
             f"--examples: the training data of this run, {train_file}, is not there. Run this in the folder in which "
             "you trained, or name the file with --set data.train_file=FILE."
         )
 
 
+def _refuse_unused(options: Namespace) -> None:
+    """Raise `UsageError` for an option that would do nothing, because the one that it belongs to is missing."""
+    card, gguf = options.character_card, options.gguf
+    merges = options.output or gguf or not (options.gguf_adapter or card)
+    needs = {
+        "--character": (options.character, card, "--character-card"),
+        "--greeting": (options.greeting, card, "--character-card"),
+        "--examples": (options.examples, card, "--character-card"),
+        "--outtype": (options.outtype, gguf, "--gguf"),
+        "--no-verify": (options.no_verify, merges, "--output or --gguf"),
+        "--compare-bases": (options.compare_bases, merges, "--output or --gguf"),
+        "--llama-cpp": (options.llama_cpp, gguf or options.gguf_adapter, "--gguf or --gguf-adapter"),
+    }
+    for option, (value, partner, name) in needs.items():
+        if value and not partner:
+            raise UsageError(f"{option} does nothing without {name}. Give that too, or leave {option} out.")
+
+
 def write_files(options: Namespace, tuned: Tuned) -> Iterator[str]:
     """Write the files that `options` ask for, after `check_options`; returns a paragraph to print for each."""
     if options.gguf:
-        yield _write_model(options.gguf, options.llama_cpp.expanduser(), options.outtype, tuned)
+        yield _write_model(options.gguf, options.llama_cpp.expanduser(), options.outtype or "f16", tuned)
     if options.gguf_adapter:
         yield _write_adapter(options.gguf_adapter, options.llama_cpp.expanduser(), tuned)
     if options.character_card:
@@ -133,6 +155,7 @@ def _write_card(options: Namespace, tuned: Tuned) -> str:
     records = read_records(Path(tuned.config.data.train_file)) if options.examples else []
     dialogues = [record.turns for record in records if record.meta.get("type", "dialogue") == "dialogue"]
     examples = dialogues[: options.examples]
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, character_card(character, system, greeting, examples, tuned.name))
     lines = [f"Written {output}: the character card of {safe(character)}."]
     if examples:

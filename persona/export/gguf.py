@@ -32,19 +32,18 @@ from persona.export.llama_cpp import (
     run_converter,
     text_config,
 )
-from persona.files import ADAPTER_WEIGHTS, appearing_file, read_json, scratch, write_json
+from persona.files import ADAPTER_WEIGHTS, appearing_file, check_file, read_json, scratch, write_json
 from persona.merge.adapter import PREFIX, read_adapter
 from persona.merge.changes import LowRank
 from persona.model.folders import tensor_index
 from persona.model.render import ChatFormat
 
 
-def check_output(output: Path, inputs: list[Path]) -> None:
+def check_output(output: Path, option: str, inputs: list[Path]) -> None:
     """Raise `UsageError` if `output` cannot be a GGUF file that we write: its name, a folder, a place in `inputs`."""
     if output.suffix != ".gguf":
         raise UsageError(f"{output}: a GGUF file is named NAME.gguf.")
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder; name a file in it, as {output / 'NAME.gguf'}.")
+    check_file(output, option)
     for folder in inputs:
         if folder.resolve() in output.resolve().parents:
             raise UsageError(f"{output} is inside {folder}, which the conversion reads; choose another place.")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from persona.config import Generation
 from persona.errors import EnvironmentFault, UsageError
-from persona.files import ADAPTER_WEIGHTS, JsonObject, file_sha256, read_json, write_json, write_text
+from persona.files import ADAPTER_WEIGHTS, JsonObject, check_folder, file_sha256, read_json, write_json, write_text
 from persona.merge.weights import Output
 from persona.model.adapters import PERSONA, TOKENIZER_FILES, copy_tokenizer, merged_name, model_card, read_persona
 from persona.model.loading import trained_format
@@ -42,9 +42,7 @@ def check_output(output: Path, base: Path, adapter: Path) -> None:
             raise UsageError(f"The output {output} is inside the input {source}; {another}")
         if folder in source.resolve().parents:
             raise UsageError(f"The output {output} would replace the folder that holds the input {source}; {another}")
-    for path in (folder, *folder.parents):
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise UsageError(f"The output {output} cannot be a folder, since {path} is a file; {another}")
+    check_folder(folder, "--output")
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"The output {output} is the current folder or holds it; {another}")
     present = sorted(path.name for path in folder.iterdir()) if os.path.isdir(folder) else []
@@ -143,5 +141,5 @@ def without_paths(record: JsonObject) -> JsonObject:
 
 def _last(path: str) -> str:
     """The last part of a path of any system; a hub id is not a path and stays whole."""
-    local = path.startswith((".", "/", "~")) or "\\" in path or ":" in path or Path(path).exists()
+    local = path.startswith((".", "/", "~")) or "\\" in path or ":" in path or os.path.exists(path)
     return path.replace("\\", "/").rstrip("/").rpartition("/")[2] if local or path.count("/") != 1 else path

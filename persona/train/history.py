@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from persona.files import JsonObject
 Points = list[tuple[int, float]]
 
 _OURS, _TRANSFORMERS = "metrics.jsonl", "trainer_state.json"
+_LAST_STEP = 10**12
 _EXPECTED = f"Give a run folder such as outputs/my_run, its {_OURS}, or a {_TRANSFORMERS} of transformers."
 
 
@@ -65,9 +67,9 @@ def read_history(path: Path) -> History:
 
 
 def _history_file(path: Path) -> Path:
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file() raises for a name longer than a file's may be
         return path
-    if not path.exists():
+    if not os.path.isdir(path):
         raise UsageError(f"{path}: there is no such file or folder. {_EXPECTED}")
     for file in (path / _OURS, path / _TRANSFORMERS):
         if file.is_file():
@@ -89,7 +91,7 @@ def _metrics_lines(file: Path, text: str) -> Iterator[tuple[str, JsonObject]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and line.startswith("{"):
                 return
             raise DataError(
@@ -103,7 +105,7 @@ def _metrics_lines(file: Path, text: str) -> Iterator[tuple[str, JsonObject]]:
 def _log_history(file: Path, text: str) -> list[JsonObject]:
     try:
         state = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}), begins with {excerpt(text[:200], 40)!r}. {_EXPECTED}") from error
     entries = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -119,11 +121,11 @@ def _points(lines: Sequence[tuple[str, JsonObject]], key: str) -> Points:
         if key not in entry:
             continue
         step, value = entry.get("step"), entry[key]
-        if type(step) is not int or step < 0:
-            raise DataError(f'{place}: "step" must be a whole number from 0, found {excerpt(repr(step))}.')
+        if type(step) is not int or not 0 <= step <= _LAST_STEP:
+            raise DataError(f'{place}: "step" must be a whole number from 0 to 10^12, found {excerpt(repr(step))}.')
         if value is not None and type(value) not in (int, float):  # strict JSON writers spell NaN null
             raise DataError(f'{place}: "{key}" must be a number, found {excerpt(repr(value))}.')
-        values[step] = math.nan if value is None else float(value)
+        values[step] = math.nan if value is None else float(str(value))  # a huge int is infinite
     return sorted(values.items())
 
 

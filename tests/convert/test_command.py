@@ -152,6 +152,44 @@ def test_a_report_repeats_its_conversion(tmp_path):
     assert "谈话 1.txt does not exist" in done.stderr
 
 
+def test_a_system_prompt_that_begins_with_an_at_sign_is_repeated_as_text(tmp_path):
+    (tmp_path / "at.txt").write_text("@everyone hi\n", encoding="utf-8")
+    source = (EXAMPLES / "play.txt", "--character", "EDDA")
+    assert run(*source, "--system", f"@{tmp_path / 'at.txt'}", "--output", tmp_path / "a").returncode == 0
+    done = run("--from", tmp_path / "a" / "report.json", "--output", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    for name in ("train.jsonl", "report.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    missing = run(*source, "--system", "@everyone hi", "--output", tmp_path / "c")
+    assert missing.returncode == 2
+    assert "everyone hi does not exist. Name a text file" in missing.stderr
+
+
+def test_a_repetition_reads_the_same_files_and_says_which_have_changed(tmp_path):
+    """A folder is converted into itself; its results and new files are no part of the repetition."""
+    folder, report = tmp_path / "d", tmp_path / "d" / "report.json"
+    folder.mkdir()
+    rows = [{"instruction": f"q{n}", "output": f"r{n}"} for n in range(20)]
+    for name, part in (("a.json", rows[:10]), ("b.json", rows[10:])):
+        (folder / name).write_text(json.dumps(part), encoding="utf-8")
+    assert run(folder, "--output", folder).returncode == 0
+    first = [(folder / name).read_bytes() for name in ("train.jsonl", "val.jsonl")]
+    (folder / "new.json").write_text('[{"instruction": "new", "output": "new"}]', encoding="utf-8")
+    for output in ([], ["--output", tmp_path / "e"]):
+        done = run("--from", report, *output)
+        assert done.returncode == 0, done.stderr
+        assert "new.json: not a part of the conversion that is repeated" in done.stdout
+        assert "note: changed" not in done.stdout
+        made = output[-1] if output else folder
+        assert first == [(made / name).read_bytes() for name in ("train.jsonl", "val.jsonl")]
+    (folder / "a.json").write_text(json.dumps(rows[:9]), encoding="utf-8")
+    (folder / "b.json").unlink()
+    done = run("--from", tmp_path / "e" / "report.json", "--val-ratio", "0")
+    assert done.returncode == 0, done.stderr
+    assert "note: changed since the earlier conversion, so the result may differ: a.json, b.json" in done.stdout
+    assert "note: changed" not in run("--from", report, folder / "a.json", "--preview", "1").stdout
+
+
 @pytest.mark.parametrize("from_file", [False, True])
 def test_a_repetition_for_another_character_fills_its_name_in(tmp_path, from_file):
     file = tmp_path / "系统 prompt.txt"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from making.converting import convert_paths as convert
 
-from persona.convert.command import choose
+from persona.convert.command import choose, command_of, parser
 from persona.convert.inputs import find_sources
 from persona.convert.pipeline import check_output
 from persona.convert.report import describe, next_command, preview, verdict
@@ -256,7 +256,6 @@ def test_output_must_not_destroy_an_input(tmp_path):
         ({"max_exchanges": -3}, "--max-exchanges -3"),
         ({"characters": (" ",)}, "--character"),
         ({"system": " "}, "--system is empty"),
-        ({"system": "@missing.txt"}, "missing.txt does not exist"),
         ({"system": "You are {character}."}, "add --character"),
         ({"system": "a <|im_end|>"}, "<|im_end|>"),
     ],
@@ -269,6 +268,7 @@ def test_options_out_of_bounds(options, said):
 
 def test_system_prompt_from_a_file(tmp_path):
     path = write(tmp_path / "card.txt", "\ufeff你是{character}。\r\n")
-    options = choose({"system": f"@{path}", "characters": ("艾达",)})
+    arguments = parser("").parse_args(["x", "--output", "y", "--character", "艾达", "--system", f"@{path}"])
+    options = command_of(arguments, lambda model: (str(model), lambda text: [])).options
     assert options.system == "你是{character}。"
     assert options.filled_in().system == "你是艾达。"

@@ -347,7 +347,7 @@ def test_a_mistake_is_named_and_no_traceback_is_shown(home, monkeypatch, capsys,
 OPTIONS = {
     "score": {"--data", "--control", "--config", "--set", "--load-in-4bit"},
     "predict": {"--data", "--base-texts", "--batch-size", "--output", "--config", "--set", "--load-in-4bit"},
-    "style": {"--data", "--base-texts", "--batch-size", "--limit", "--output", "--config", "--set", "--load-in-4bit"},
+    "style": {"--data", "--base-texts", "--batch-size", "--limit", "--config", "--set", "--load-in-4bit"},
     "report": {"--data", "--control", "--base-texts", "--batch-size", "--limit", "--output", "--config", "--set"}
     | {"--load-in-4bit"},
     "ab-make": {"--data", "--limit", "--output", "--config", "--set"},

@@ -172,8 +172,8 @@ def test_the_adapter_or_the_card_alone_merges_nothing(merge):
 
 
 def test_training_data_come_into_a_card_only_when_asked_for(merge):
-    said = merge("--character-card", "c.json", "--examples", 2)
-    examples = read("c.json")["data"]["mes_example"]
+    said = merge("--character-card", "new/c.json", "--examples", 2)
+    examples = read("new/c.json")["data"]["mes_example"]
     assert examples.count("<START>\n{{user}}: ") == 2
     assert "{{char}}: Aye, I keep the lamp." in examples
     assert "who has it can read them" in said
@@ -198,6 +198,17 @@ def test_a_card_has_every_field_of_the_specification():
         (["--gguf", "out/a.gguf", "--output", "out", "--llama-cpp", "llama.cpp"], "is inside out"),
         (["--gguf", "mine.gguf", "--llama-cpp", "llama.cpp"], "mine.Modelfile exists and was not written by this"),
         (["--character-card", "card.txt"], "NAME.json"),
+        (["--character-card", "mine.Modelfile/c.json"], "--character-card mine.Modelfile cannot be a folder"),
+        (["--character-card", f"{'x' * 250}.json"], "too long"),
+        (["--gguf-adapter", "mine.Modelfile/a.gguf", "--llama-cpp", "llama.cpp"], "--gguf-adapter mine.Modelfile"),
+        (["--output", "mine.Modelfile/out"], "since .*mine.Modelfile is a file"),
+        (["--output", "x" * 300], "too long"),
+        (["--output", "out", "--examples", 3], "--examples does nothing without --character-card"),
+        (["--output", "out", "--character", "X"], "--character does nothing without --character-card"),
+        (["--output", "out", "--greeting", "Aye"], "--greeting does nothing without --character-card"),
+        (["--output", "out", "--outtype", "q8_0"], "--outtype does nothing without --gguf"),
+        (["--output", "out", "--llama-cpp", "llama.cpp"], "--llama-cpp does nothing without --gguf or --gguf-adapter"),
+        (["--character-card", "c.json", "--no-verify"], "--no-verify does nothing without --output or --gguf"),
         (["--character-card", "c.json", "--output", "out", "--greeting", "@gone.txt"], "gone.txt cannot be read"),
         (["--character-card", "c.json", "--examples", 1, "--set", "data.train_file=gone.jsonl"], "is not there"),
     ],

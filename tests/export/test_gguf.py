@@ -343,7 +343,7 @@ def test_an_output_that_can_be_no_file_is_refused(tmp_path, output, says):
     (tmp_path / "a folder.gguf").mkdir()
     (tmp_path / "in").mkdir()
     with pytest.raises(UsageError, match=says):
-        check_output(tmp_path / output, [tmp_path / "in"])
+        check_output(tmp_path / output, "--gguf", [tmp_path / "in"])
 
 
 def test_a_folder_that_is_no_source_of_llama_cpp_is_refused(tmp_path):

@@ -211,7 +211,7 @@ def test_an_adapter_of_another_tool_is_not_said_to_be_checked(trained, tmp_path)
 
 
 def test_a_name_longer_than_any_file_is_a_message(trained, tmp_path):
-    with pytest.raises(EnvironmentFault, match="File name too long"):
+    with pytest.raises(UsageError, match="File name too long"):
         merge(*trained, tmp_path / ("x" * 300), torch.float16, 10**9)
 
 

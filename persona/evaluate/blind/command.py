@@ -32,6 +32,8 @@ def compare_blindly(
     if len(paths) > 2:
         raise UsageError("ab-make takes a run, or two files of predictions.")
     if len(paths) == 2:
+        if data or config or overrides:
+            raise UsageError("--data, --config and --set are for a run: leave them out with two files of predictions.")
         first, second = map(Path, paths)
         names = (first.stem, second.stem) if first.stem != second.stem else (str(first), str(second))
         return _made((first, second), names, output or first.parent, None, [], limit, report)

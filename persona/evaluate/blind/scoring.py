@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from persona.console import excerpt, safe, table
 from persona.errors import DataError, UsageError
 from persona.evaluate.blind.sheet import KEY_FORMAT, KEY_NAME, SHEET_NAME
 from persona.evaluate.intervals import Preference, binomial_p, cohen_kappa, preference
-from persona.files import JsonObject
+from persona.files import JsonObject, whole_json
 
 ANSWERS_FORMAT = "ab-answers-1"  # as ab_sheet.js writes it
 CHOICES = ("left", "right", "tie")
@@ -49,14 +48,14 @@ def read_key(path: Path) -> Key:
     """The key of a sheet; raises `UsageError` for any other file."""
     wanted = f"Give the {KEY_NAME} that was written beside {SHEET_NAME} as the last argument."
     try:
-        value = json.loads(_text(path))
+        value = whole_json(_text(path))
     except ValueError:
         raise UsageError(f"{path} is not a key. {wanted}") from None
     if not isinstance(value, dict) or value.get("format") != KEY_FORMAT:
         raise UsageError(f"{path} is not a key of this version ({KEY_FORMAT}). {wanted}")
     try:
         names = (str(value["names"][0]), str(value["names"][1]))
-        left = {pair["id"]: pair["left"] for pair in value["pairs"]}
+        left = {pair["id"]: str(pair["left"]) for pair in value["pairs"]}
         predictions = {pair["id"]: int(pair["prediction"]) for pair in value["pairs"]}
         key = Key(str(value["sheet"]), names, left, predictions, len(value["identical"]))
     except (KeyError, IndexError, TypeError, ValueError):
@@ -112,7 +111,7 @@ Rows = list[tuple[str, dict[str, str]]]  # each with its place for messages
 
 def _from_json(path: Path, text: str) -> tuple[str, str, Rows]:
     try:
-        value = json.loads(text)
+        value = whole_json(text)
     except ValueError as error:
         raise DataError(f"{path}: broken JSON ({error}). {_EXPORT}") from None
     if isinstance(value, dict) and value.get("format") == KEY_FORMAT:

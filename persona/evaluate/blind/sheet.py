@@ -15,7 +15,7 @@ from pathlib import Path
 
 from persona.errors import DataError, UsageError
 from persona.evaluate.predictions import Prediction
-from persona.files import JsonObject, write_json, write_text
+from persona.files import JsonObject, check_folder, read_json, write_json, write_text
 from persona.pages import page
 from persona.records import CONTROL_TOKEN, is_chinese
 
@@ -111,6 +111,7 @@ def make_sheet(
         ],
         "identical": sorted({pair.prediction for pair in pairs} - {pair.prediction for pair in asked}),
     }
+    check_folder(folder, "--output")
     _refuse_other_key(folder, name)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SHEET_NAME, page("ab_sheet.html", sheet={"sheet": name} | content))
@@ -171,8 +172,8 @@ def _refuse_other_key(folder: Path, name: str) -> None:
     if not path.exists():
         return
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["sheet"] == name
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = read_json(path)["sheet"] == name
+    except (UsageError, KeyError):
         kept = False
     if not kept:
         raise UsageError(
