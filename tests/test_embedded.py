@@ -199,7 +199,8 @@ def test_a_batch_gives_the_same_replies_as_one_prompt_after_the_other(outputs, f
 
     from persona.model.adapters import locate, run_settings
     from persona.records import read_records
-    from persona.speak.batches import greedy, reply_to_all
+    from persona.speak.choices import greedy
+    from persona.speak.replies import reply_to_all, rounding_of
     from persona.speak.speaker import load_speaker
 
     run = str(folder / "outputs" / "tamsin")
@@ -211,7 +212,10 @@ def test_a_batch_gives_the_same_replies_as_one_prompt_after_the_other(outputs, f
     threads = torch.get_num_threads()
     torch.set_num_threads(int(CORES))
     try:
-        alone, together = (reply_to_all(speaker, prompts, greedy(16), n, True, None, lambda *_: None) for n in (1, 8))
+        rounding = rounding_of(speaker, prompts, 16)
+        alone, together = (
+            reply_to_all(speaker, prompts, greedy(16), n, rounding, True, None, lambda *_: None) for n in (1, 8)
+        )
     finally:
         torch.set_num_threads(threads)
     assert together == alone

@@ -26,7 +26,8 @@ LIGHT = (
     *("errors", "config", "console", "files", "records", "pages", "convert"),
     *("model.adapters", "model.dataset", "model.folders", "model.render", "model.sources", "model.token_cache"),
     *("train.history", "train.curves", "train.verdict"),
-    *("evaluate.style", "evaluate.intervals", "evaluate.results", "evaluate.subject", "evaluate.predictions"),
+    *("speak.rounding", "evaluate.style", "evaluate.intervals", "evaluate.results", "evaluate.subject"),
+    "evaluate.predictions",
 )
 LONGEST = 400  # lines of a module
 MOST_NAMES = 14  # modules and folders in a folder

@@ -161,6 +161,7 @@ def run_report(
         language=language(author),
         scores=scores,
         replies=replies,
+        rounding=None if loaded is None else loaded.kept_rounding(),
         recall=recall,
         copying=copying,
         style=style,

@@ -4,24 +4,28 @@ Finished replies are kept on disk, so that a long evaluation can be interrupted.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from persona.config import Generation, Quantization
 from persona.errors import UsageError
 from persona.evaluate.predictions import Prediction, asked
 from persona.evaluate.results import Sides
 from persona.evaluate.subject import Subject
-from persona.files import ADAPTER_WEIGHTS, file_sha256
+from persona.files import ADAPTER_WEIGHTS, file_sha256, read_json, write_json
 from persona.model.dataset import with_system
 from persona.model.device import choose_device, choose_precision
 from persona.model.folders import fingerprint
 from persona.model.render import Message
 from persona.records import Record, rank
-from persona.speak.batches import Decoding, Progress, Reply, ReplyFile, greedy, reply_to_all
+from persona.speak.choices import Decoding, greedy
+from persona.speak.replies import Progress, Reply, ReplyFile, reply_to_all, rounding_of
+from persona.speak.rounding import Rounding
 from persona.speak.speaker import Speaker, load_speaker
 
-CACHE = "replies.jsonl"
+CACHE, ROUNDING = "replies.jsonl", "rounding.json"
 Watch = Callable[[str], Progress]
 """Makes the progress of a step from its name."""
 
@@ -40,15 +44,40 @@ class Loaded:
 
     def replies(self, prompts: Sequence[Sequence[Message]], decoding: Decoding, step: str) -> Sides[list[Reply]]:
         """The replies of both sides to `prompts`, by the same seeds, in their order."""
+        rounding = self.rounding(prompts, decoding.max_new_tokens)
         with ReplyFile(self.subject.output / CACHE, self.identity) as finished:
 
             def ask(adapter: bool, side: str) -> list[Reply]:
                 progress = self.watch(f"{step}, {side}")
-                return reply_to_all(self.speaker, prompts, decoding, self.batch_size, adapter, finished, progress)
+                return reply_to_all(
+                    self.speaker, prompts, decoding, self.batch_size, rounding, adapter, finished, progress
+                )
 
             if self.speaker.kind != "adapter":
                 return Sides(ask(True, "the model"))
             return Sides(ask(True, "tuned"), ask(False, "base"))
+
+    def rounding(self, prompts: Sequence[Sequence[Message]], new_tokens: int) -> Rounding:
+        """The measured rounding of the model on this device; measured with some of `prompts` if it is not kept."""
+        if (kept := self.kept_rounding()) is not None:
+            return kept
+        rounding = rounding_of(self.speaker, prompts, new_tokens)
+        self.subject.output.mkdir(parents=True, exist_ok=True)
+        write_json(self.subject.output / ROUNDING, {"measured_on": self._measured_on()} | asdict(rounding))
+        return rounding
+
+    def kept_rounding(self) -> Rounding | None:
+        """The rounding that is kept in the output folder, if it was measured with this model on this device."""
+        try:
+            kept = read_json(self.subject.output / ROUNDING)
+            return Rounding(**kept) if kept.pop("measured_on", "") == self._measured_on() else None
+        except (UsageError, TypeError, ValueError):
+            return None  # it takes seconds to measure it again
+
+    def _measured_on(self) -> str:
+        device = self.speaker.model.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return f"{self.identity}, {self.precision}, {name}, torch {torch.__version__}"
 
 
 def identity_of(base: Path, adapter: Path | None, quantization: Quantization) -> str:
@@ -61,8 +90,7 @@ def identity_of(base: Path, adapter: Path | None, quantization: Quantization) ->
 def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch, writes: bool) -> Loaded:
     """Load the model of `subject` as it was trained; a merged one in 16 bits, or in 4 with `in_4bit`.
 
-    On a CPU a model that `writes` replies computes in float32: in bfloat16 so many choices are near ties, each of which
-    takes a pass of its own (`persona.speak.batches.MARGIN`), that replies took several times as long.
+    On a CPU a model that `writes` replies computes in float32, so that figures compare with those of earlier versions.
 
     Raises `UsageError` for texts, which have no model.
     """

@@ -12,7 +12,7 @@ from persona.evaluate.style.words import bigrams, words
 from persona.evaluate.subject import all_replies
 from persona.model.render import Message
 from persona.records import UNSPACED, Record, is_chinese, rank
-from persona.speak.batches import greedy
+from persona.speak.choices import greedy
 
 QUESTION = "lore_qa"
 FACTS = 3  # taken from a reference without keywords

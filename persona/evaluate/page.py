@@ -103,7 +103,13 @@ def percent(value: float) -> str:
     return f"{100 * value:.{0 if size >= 10 or size == 0 else 1}f} %"
 
 
-FORMS = {"whole": "{:,.0f}".format, "decimal": decimal, "hundredths": "{:,.2f}".format, "percent": percent}
+FORMS = {
+    "whole": "{:,.0f}".format,
+    "decimal": decimal,
+    "hundredths": "{:,.2f}".format,
+    "small": lambda value: f"{value:.8f}".rstrip("0").rstrip("."),
+    "percent": percent,
+}
 
 
 def look_up(evaluation: Evaluation, place: Sequence[str | int]) -> Any:

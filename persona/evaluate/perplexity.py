@@ -28,7 +28,7 @@ from persona.files import file_sha256
 from persona.model.dataset import Dataset, render_records
 from persona.model.device import DTYPES
 from persona.model.render import Example
-from persona.speak.batches import Progress
+from persona.speak.replies import Progress
 from persona.train.metrics import perplexity
 
 

@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from persona.files import JsonObject, write_json
+from persona.speak.rounding import Rounding
 from persona.train.verdict import Finding
 
 S = TypeVar("S")
@@ -294,6 +295,8 @@ class Evaluation:
     """`zh` or `en`; it decides the tokenizer of BLEU and how words are counted."""
     scores: tuple[FileScore, ...] = ()
     replies: Sides[Replies] | None = None
+    rounding: Rounding | None = None
+    """The way in which the model's replies were decoded, so that they do not depend on the batch."""
     recall: Recall | None = None
     copying: Copying | None = None
     style: StyleReport | None = None

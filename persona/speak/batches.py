@@ -1,52 +1,24 @@
-"""Many replies at a time, each the same as if it were generated alone, kept in a file so that a break loses none.
+"""Many replies at a time, each the same as if it were generated alone.
 
 Neither the number of rows nor their order decides a token. Random numbers belong to a prompt and a place in its reply,
-not to a row. Matrix products of other shapes round otherwise, so a choice that rounding could turn is made again from a
-pass over that prompt alone. Prompts that begin alike share the keys and values of their common prefix.
+not to a row. Prompts that begin alike share the keys and values of their common beginning. Matrix products of other
+shapes round otherwise; `measure` finds out how much, and `Rounding` says what is done about it.
 """
 
-import copy
-import hashlib
 import inspect
-import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from persona.console import excerpt
-from persona.engine.fused import unpacked
 from persona.engine.trial import STATE, why_not
-from persona.errors import DataError
-from persona.model.loading import stop_ids
-from persona.model.render import Message, Untrainable, fit, prompt_room
-from persona.speak.speaker import Speaker, text_of
+from persona.speak.choices import Decoding, chance_of, choose, noise_of, penalised
+from persona.speak.past import Past, logits_behind, own_past, read, whole_chunks
+from persona.speak.rounding import LOOSE, ONE_BY_ONE, WIDTH, Rounding, with_margin
 
-# Choices whose logits are nearer to each other than this are made in a pass of their own
-MARGIN = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.1}
-LEAST_SHARED = 32  # tokens of a common prefix, below which it is not worth computing it once for all
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """The way the tokens of a reply are chosen."""
-
-    max_new_tokens: int
-    temperature: float
-    """0 always takes the likeliest token."""
-    top_p: float
-    repetition_penalty: float
-    """Penalty for tokens of the prompt and the reply so far; 1 is none (arXiv 1909.05858)."""
-    seed: int
-
-
-def greedy(max_new_tokens: int) -> Decoding:
-    """Always the likeliest token, no repetition penalty."""
-    return Decoding(max_new_tokens, 0.0, 1.0, 1.0, 0)
+TRIED, STEPS = 3, 2  # prompts that are measured, and the tokens behind each
 
 
 @dataclass
@@ -60,10 +32,27 @@ class _Row:
     chance: torch.Generator | None
     limit: int
     """Tokens that the reply may have."""
+    past: Past
+    alone: Past
+    """The past that passes over this row alone have read."""
 
 
 Done = Callable[[int, tuple[int, ...], bool], None]
-Progress = Callable[[int, int, float | None], None]
+
+
+@dataclass
+class _Work:
+    """One call of `generate`."""
+
+    model: Any
+    prompts: Sequence[Sequence[int]]
+    stops: frozenset[int]
+    decoding: Decoding
+    batch_size: int
+    rounding: Rounding
+    done: Done
+    again: int = 0
+    """Choices that were made again."""
 
 
 def generate(
@@ -72,91 +61,153 @@ def generate(
     stops: Sequence[int],
     decoding: Decoding,
     batch_size: int,
-    margin: float,
+    rounding: Rounding,
     done: Done,
-) -> None:
+) -> int:
     """Call `done(number of the prompt, ids of its reply, whether it ended by itself)` for each of `prompts`.
 
-    They come in no certain order; a reply's ids are without the token that ended it. With a `margin` of 0 nothing is
-    chosen again, and the result holds for this batch size and these prompts only.
+    They come in no certain order; a reply's ids are without the token that ended it. Returns the number of choices that
+    were made again. With `LOOSE`, the result holds for this batch size and these prompts only.
     """
-    longest = max(map(len, prompts), default=0) + decoding.max_new_tokens
-    may_share = why_not(model.config, longest) is None  # padding goes between the prefix and the rest
+    work = _Work(model, prompts, frozenset(stops), decoding, batch_size, rounding, done)
+    own, padded = _ways(model, prompts, decoding.max_new_tokens)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for shared, numbers in families(prompts, may_share):
-                ids = torch.tensor([prompts[numbers[0]][:shared]], device=model.device)
-                beginning = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values if shared else None
-                for first in range(0, len(numbers), batch_size):
-                    chosen = numbers[first : first + batch_size]
-                    rows = [_row(model, number, prompts[number], decoding) for number in chosen]
-                    _reply(model, rows, shared, copy.deepcopy(beginning), set(stops), decoding, margin, done)
+            if own:
+                with own_past(model):
+                    _in_own_rows(work, own)
+            _in_padded_rows(work, padded)
     finally:
         model.train(was_training)
+    return work.again
 
 
-def families(prompts: Sequence[Sequence[int]], share: bool) -> Iterator[tuple[int, list[int]]]:
-    """Prompts that begin alike: the length of their common prefix, and their numbers, the longest prompts first."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        groups.setdefault(tuple(prompt[:LEAST_SHARED]) if share else (), []).append(number)
-    for numbers in groups.values():
-        numbers.sort(key=lambda number: (-len(prompts[number]), number))
-        shared = _common(prompts[numbers[0]], [prompts[number] for number in numbers])
-        yield shared if share and shared >= LEAST_SHARED and len(numbers) > 1 else 0, numbers
+def _ways(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[int], list[int]]:
+    """The numbers of the prompts whose rows can hold their own past, as in models of prefix trees, and of the others.
+
+    Each for itself: an attention that slides reaches back far enough for a short prompt, whatever is asked beside it.
+    """
+    own = [number for number, ids in enumerate(prompts) if why_not(model.config, len(ids) + new_tokens) is None]
+    return own, sorted(set(range(len(prompts))).difference(own))
 
 
-def _common(first: Sequence[int], prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all `prompts` begin with; at least one of each is left, whose logits choose the reply's first."""
-    longest = min(map(len, prompts)) - 1
-    return next((i for i in range(longest) if any(prompt[i] != first[i] for prompt in prompts)), longest)
+def _row(work: _Work, number: int) -> _Row:
+    prompt, limit = work.prompts[number], work.decoding.max_new_tokens
+    room = getattr(work.model.config, "max_position_embeddings", None)
+    limit = limit if room is None else min(limit, max(room - len(prompt), 1))
+    return _Row(number, prompt, [], chance_of(prompt, work.decoding), limit, Past(), Past())
 
 
-def _row(model: Any, number: int, prompt: Sequence[int], decoding: Decoding) -> _Row:
-    chance = None
-    if decoding.temperature > 0:
-        digest = hashlib.sha256(f"{decoding.seed} {list(prompt)}".encode()).digest()
-        chance = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    room = getattr(model.config, "max_position_embeddings", None)
-    limit = decoding.max_new_tokens if room is None else min(decoding.max_new_tokens, max(room - len(prompt), 1))
-    return _Row(number, prompt, [], chance, limit)
+def _goes_on(work: _Work, row: _Row, logits: torch.Tensor | None, alone: Callable[[_Row], torch.Tensor] | None) -> bool:
+    """Choose the next token of `row` by `logits`, or by those of `alone` if rounding could turn the choice.
+
+    False if the reply is finished; it is handed over.
+    """
+    model, decoding = work.model, work.decoding
+    seen = [*row.prompt, *row.reply]
+    noise = noise_of(row.chance, model.config.get_text_config().vocab_size, model.device)
+    token, sure = -1, False
+    if logits is not None:
+        margin = 0.0 if alone is None else work.rounding.margin
+        token, sure = choose(penalised(logits, seen, decoding), noise, decoding, margin)
+        work.again += not sure
+    if alone is not None and not sure:
+        token, _ = choose(penalised(alone(row), seen, decoding), noise, decoding, 0.0)
+    ended = token in work.stops
+    if not ended:
+        row.reply.append(token)
+    if not ended and len(row.reply) < row.limit:
+        return True
+    work.done(row.number, tuple(row.reply), ended)
+    return False
 
 
-def _reply(
-    model: Any,
-    rows: list[_Row],
-    shared: int,
-    cache: Any,
-    stops: set[int],
-    decoding: Decoding,
-    margin: float,
-    done: Done,
-) -> None:
-    """Generate the replies of `rows`, whose first `shared` tokens are in `cache`; a finished row leaves the batch."""
-    device = model.device
-    if cache is not None:
-        cache.batch_repeat_interleave(len(rows))
-    longest = max(len(row.prompt) for row in rows)
-    padding = [longest - len(row.prompt) for row in rows]
-    ids = torch.tensor([[0] * left + list(row.prompt[shared:]) for row, left in zip(rows, padding, strict=True)])
-    mask = torch.ones(len(rows), longest, dtype=torch.long)
-    for place, left in enumerate(padding):
-        mask[place, shared : shared + left] = 0
-    ids, mask = ids.to(device), mask.to(device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+# --- rows that hold their own past ------------------------------------------------------------------------------------
+
+
+def _in_own_rows(work: _Work, numbers: Sequence[int]) -> None:
+    """Generate the replies to the prompts of these `numbers`; the place of a finished row goes to the next prompt."""
+    # in the order of their tokens, so that each shares as much as possible with the one before it
+    waiting = sorted(numbers, key=lambda number: tuple(work.prompts[number]), reverse=True)
+    size = 1 if work.rounding.rows == 1 else work.batch_size
+    rows: list[_Row] = []
+    before: tuple[Sequence[int], Past] = (), Past()
+
+    def alone(row: _Row) -> torch.Tensor:
+        return _read_alone(work.model, row)
+
+    while rows or waiting:
+        while waiting and len(rows) < size:
+            row = _row(work, waiting.pop())
+            row.past = _beginning(before, row.prompt)
+            before = row.prompt, row.past
+            if _goes_on(work, row, read(work.model, row.past, row.prompt), None):
+                rows.append(row)
+        logits = _steps(work.model, [(row.reply[-1], row.past) for row in rows], work.rounding.rows)
+        rows = [row for row, own in zip(rows, logits, strict=True) if _goes_on(work, row, own, alone)]
+
+
+def _beginning(before: tuple[Sequence[int], Past], prompt: Sequence[int]) -> Past:
+    """The past of `prompt` as far as it is that of the prompt `before` too, in whole chunks.
+
+    At least one token is left, whose logits choose the reply's first.
+    """
+    other, past = before
+    longest = min(len(other), len(prompt) - 1)
+    common = next((i for i in range(longest) if other[i] != prompt[i]), longest)
+    return past.beginning(whole_chunks(common))
+
+
+def _steps(model: Any, rows: Sequence[tuple[int, Past]], width: int | None) -> list[torch.Tensor]:
+    """Logits (vocabulary) behind one more token for each of `rows`, `width` rows in a pass, filled up."""
+    logits: list[torch.Tensor] = []
+    size = width or max(1, len(rows))
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        empty = (size - len(some)) if width else 0
+        ids = [[token] for token, _ in some] + [[0]] * empty
+        logits += logits_behind(model, ids, [past for _, past in some] + [None] * empty)[: len(some)]
+    return logits
+
+
+def _read_alone(model: Any, row: _Row) -> torch.Tensor:
+    """Logits behind `row` from passes over it alone, of which those over whole chunks are kept for the next time."""
+    if not row.alone.tokens:
+        row.alone = row.past.beginning(whole_chunks(len(row.prompt)))
+    row.alone.tokens = whole_chunks(row.alone.tokens)
+    return read(model, row.alone, [*row.prompt, *row.reply])
+
+
+# --- padded rows ------------------------------------------------------------------------------------------------------
+
+
+def _in_padded_rows(work: _Work, numbers: Sequence[int]) -> None:
+    """Generate the replies by the model's own cache, padding on the left, the longest prompts first.
+
+    If rows of a fixed number were to hold their own past, which these cannot, it is one reply at a time.
+    """
+    ordered = sorted(numbers, key=lambda number: (-len(work.prompts[number]), number))
+    size = work.batch_size if work.rounding.rows is None else 1
+    for first in range(0, len(ordered), size):
+        _reply(work, [_row(work, number) for number in ordered[first : first + size]])
+
+
+def _reply(work: _Work, rows: list[_Row]) -> None:
+    """Generate the replies of `rows`; a finished row leaves the batch."""
+    model, device, cache = work.model, work.model.device, None
+
+    def alone(row: _Row) -> torch.Tensor:
+        return _whole_pass(model, [*row.prompt, *row.reply])
+
+    ids, mask = _padded([row.prompt for row in rows], device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     while rows:
         logits, cache = _next(model, ids, mask, positions, cache)
         going = []
         for place, row in enumerate(rows):
-            token = _token(model, row, None if logits is None else logits[place], decoding, margin)
-            ended = token in stops
-            if not ended:
-                row.reply.append(token)
-            if ended or len(row.reply) == row.limit:
-                done(row.number, tuple(row.reply), ended)
-            else:
+            if _goes_on(work, row, None if logits is None else logits[place], alone):
                 going.append(place)
         if len(going) < len(rows):
             rows, kept = [rows[place] for place in going], torch.tensor(going, dtype=torch.long, device=device)
@@ -166,6 +217,14 @@ def _reply(
         ids = torch.tensor([[row.reply[-1]] for row in rows], device=device)
         positions = torch.tensor([[len(row.prompt) + len(row.reply) - 1] for row in rows], device=device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+
+
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of `prompts` (rows, longest), padded on the left, and a mask that is 0 there."""
+    padding = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+    ids = [[0] * left + list(prompt) for prompt, left in zip(prompts, padding, strict=True)]
+    mask = [[0] * left + [1] * len(prompt) for prompt, left in zip(prompts, padding, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _next(
@@ -180,155 +239,70 @@ def _next(
     return out.logits[:, -1].float(), out.past_key_values
 
 
-def _token(model: Any, row: _Row, logits: torch.Tensor | None, decoding: Decoding, margin: float) -> int:
-    """The next token of `row`: by the batch's `logits` if rounding cannot turn the choice, else from `row` alone."""
-    noise = None
-    if row.chance is not None:
-        # the largest of log p + Gumbel noise is a draw from p (Gumbel-max; arXiv 1411.0030)
-        noise = -torch.empty(model.config.get_text_config().vocab_size).exponential_(generator=row.chance).log()
-        noise = noise.to(model.device)
-    if logits is not None:
-        token, sure = choose(penalised(logits, row, decoding), noise, decoding, margin)
-        if sure:
-            return token
-    ids = torch.tensor([[*row.prompt, *row.reply]], device=model.device)
-    alone = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    return choose(penalised(alone, row, decoding), noise, decoding, 0.0)[0]
+def _whole_pass(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """Logits (vocabulary) behind `ids` from one pass over all of them."""
+    row = torch.tensor([ids], device=model.device)
+    return model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1].float()
 
 
-def penalised(logits: torch.Tensor, row: _Row, decoding: Decoding) -> torch.Tensor:
-    """`logits` (vocabulary) with the tokens of prompt and reply made less likely."""
-    if decoding.repetition_penalty == 1:
-        return logits
-    seen = torch.tensor([*row.prompt, *row.reply], device=logits.device)
-    values, by = logits[seen], decoding.repetition_penalty
-    return logits.scatter(0, seen, torch.where(values < 0, values * by, values / by))
+# --- rounding ---------------------------------------------------------------------------------------------------------
 
 
-def choose(logits: torch.Tensor, noise: torch.Tensor | None, decoding: Decoding, margin: float) -> tuple[int, bool]:
-    """The token that `logits` and `noise` (vocabulary) choose, and whether logits off by half of `margin` would too."""
-    if noise is None:
-        (best, second), (token, _) = (x.tolist() for x in logits.topk(2))
-        return token, margin == 0 or best - second > margin
-    margin /= decoding.temperature
-    likely = (logits / decoding.temperature).log_softmax(-1)
-    chances, order = likely.exp().sort(descending=True, stable=True)
-    ahead = chances.cumsum(0) - chances  # probability of all likelier tokens together (nucleus, arXiv 1904.09751)
-    scores = (likely + noise[: len(likely)])[order]
-    edge = margin / 4 if decoding.top_p < 1 else 0.0  # a logit off by d moves such a sum by d / 4 at most
-    winners, gaps = [], []
-    for top_p in (decoding.top_p - edge, decoding.top_p + edge):
-        inside = scores.masked_fill((ahead >= top_p) & (ahead > 0), -torch.inf)
-        (best, second), (place, _) = (x.tolist() for x in inside.topk(2))
-        winners.append(int(order[place]))
-        gaps.append(best - second)
-    return winners[0], margin == 0 or (len(set(winners)) == 1 and min(gaps) > margin)
+def measure(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Rounding:
+    """How to decode on this device so that company changes no reply, tried with a few of `prompts`.
 
-
-@dataclass(frozen=True)
-class Reply:
-    """The reply to one prompt."""
-
-    text: str
-    ids: tuple[int, ...]
-    """Its tokens, without the one that ended it."""
-    ended: bool
-    """Whether it ended by itself, before the limit."""
-
-
-class ReplyFile:
-    """Finished replies in a JSONL file, each under the hash of all that it depends on."""
-
-    def __init__(self, path: Path, model: str) -> None:
-        """Continue `path`; `model` names the weights, for example by fingerprints of base and adapter.
-
-        A last line that was cut off is dropped; raises `DataError` for any other line that is not a reply.
-        """
-        self._model = model
-        self.replies: dict[str, Reply] = {}
-        """The finished replies, by their keys."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        self._file.truncate(whole)
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
-            try:
-                entry = json.loads(line)
-                reply = Reply(str(entry["text"]), tuple(map(int, entry["ids"])), bool(entry["ended"]))
-                self.replies[entry["key"]] = reply
-            except (ValueError, TypeError, KeyError):
-                self._file.close()
-                text = excerpt(line.decode("utf-8", errors="replace"), 60)
-                raise DataError(
-                    f"{path}:{number}: not a finished reply: {text!r}. Delete the file to generate all replies again."
-                ) from None
-
-    def __enter__(self) -> "ReplyFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def key(self, prompt: Sequence[int], decoding: Decoding, adapter: bool, precision: str) -> str:
-        """The hash of all that a reply depends on."""
-        parts = json.dumps([list(prompt), asdict(decoding), self._model, adapter, precision])
-        return hashlib.sha256(parts.encode()).hexdigest()
-
-    def add(self, key: str, reply: Reply) -> None:
-        """Write a finished reply."""
-        self.replies[key] = reply
-        line = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False)
-        self._file.write(line.encode("utf-8", errors="replace") + b"\n")
-        self._file.flush()
-
-
-def reply_to_all(
-    speaker: Speaker,
-    prompts: Sequence[Sequence[Message]],
-    decoding: Decoding,
-    batch_size: int,
-    adapter: bool,
-    finished: ReplyFile | None,
-    progress: Progress,
-) -> list[Reply]:
-    """The reply to each of `prompts`, in their order; equal prompts get equal replies; `finished` ones are kept.
-
-    `progress` gets the numbers of done and of all replies, and the seconds left when they are known. Raises `DataError`
-    for a prompt that is too long.
+    The same for every batch size, since the replies have to be.
     """
-    asked = _prompt_ids(speaker, prompts)
-    different = list(dict.fromkeys(asked))  # no prompt twice
-    dtype = speaker.model.get_input_embeddings().weight.dtype
-    keys = {ids: finished.key(ids, decoding, adapter, str(dtype)) for ids in different} if finished else {}
-    replies = {ids: known for ids in different if finished and (known := finished.replies.get(keys[ids]))}
-    missing = [ids for ids in different if ids not in replies]
-    before, started = len(replies), time.perf_counter()
-    progress(before, len(different), None)
-
-    def done(number: int, ids: tuple[int, ...], ended: bool) -> None:
-        reply = replies[missing[number]] = Reply(text_of(ids, speaker.fmt), ids, ended)
-        if finished is not None:
-            finished.add(keys[missing[number]], reply)
-        each = (time.perf_counter() - started) / (len(replies) - before)
-        progress(len(replies), len(different), each * (len(different) - len(replies)))
-
-    if missing:
-        stops = stop_ids(speaker.model, speaker.fmt.end_id, speaker.fmt.tokenizer)
-        margin = MARGIN.get(dtype, MARGIN[torch.bfloat16])
-        off = not adapter and speaker.kind == "adapter"
-        with unpacked(speaker.model), speaker.model.disable_adapter() if off else nullcontext():
-            generate(speaker.model, missing, stops, decoding, batch_size, margin, done)
-    return [replies[ids] for ids in asked]
+    if model.config.model_type in STATE:
+        return LOOSE  # each token has a pass of its own anyway
+    half = model.get_input_embeddings().weight.dtype != torch.float32
+    own, padded = _ways(model, prompts, new_tokens)
+    if half and not own:
+        return ONE_BY_ONE
+    ordered = sorted((prompts[number] for number in own or padded), key=len)
+    tried = [
+        ordered[place * (len(ordered) - 1) // (2 * TRIED)] for place in range(TRIED)
+    ]  # below the median, to be quick
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), own_past(model) if own else nullcontext():
+            if not own:
+                return with_margin(_padded_difference(model, tried))
+            by_company, by_shape = _own_differences(model, tried, WIDTH if half else None)
+    finally:
+        model.train(was_training)
+    return Rounding(0.0, 0.0, WIDTH) if half and by_company == 0 else with_margin(max(by_company, by_shape))
 
 
-def _prompt_ids(speaker: Speaker, prompts: Sequence[Sequence[Message]]) -> list[tuple[int, ...]]:
-    asked = []
-    for number, messages in enumerate(prompts, 1):
-        try:
-            ids, _ = fit(messages, speaker.fmt, prompt_room(speaker.max_length))
-        except Untrainable as error:
-            raise DataError(f"Prompt {number} of {len(prompts)} cannot be asked: {error}.") from None
-        asked.append(tuple(ids))
-    return asked
+def _own_differences(model: Any, prompts: Sequence[Sequence[int]], width: int | None) -> tuple[float, float]:
+    """Largest difference of a logit between a row among others and the row alone, and to a pass over all its tokens."""
+    tails = [[prompt[step % len(prompt)] for step in range(STEPS)] for prompt in prompts]
+    pasts: list[Past] = []
+    for number, prompt in enumerate(prompts):
+        pasts.append(_beginning((prompts[number - 1], pasts[-1]) if pasts else ((), Past()), prompt))
+        read(model, pasts[-1], prompt)
+
+    def behind(places: Sequence[int]) -> torch.Tensor:
+        """Logits (steps, rows, vocabulary) of the prompts at `places`, side by side."""
+        rows = [pasts[place].beginning(len(prompts[place])) for place in places]
+        steps = zip(*(tails[place] for place in places), strict=True)
+        return torch.stack([torch.stack(_steps(model, list(zip(step, rows, strict=True)), width)) for step in steps])
+
+    places = [place % len(prompts) for place in range(WIDTH)]
+    together = behind(places)
+    alone = torch.cat([behind([place]) for place in range(len(prompts))], 1)[:, places]
+    passes = [
+        read(model, past.beginning(whole_chunks(len(prompt))), [*prompt, *tail])
+        for past, prompt, tail in zip(pasts, prompts, tails, strict=True)
+    ]
+    right = torch.stack([passes[place] for place in places])
+    return float((together - alone).abs().max()), float((together[-1] - right).abs().max())
+
+
+def _padded_difference(model: Any, prompts: Sequence[Sequence[int]]) -> float:
+    """Largest difference of a logit between a prompt among others and the prompt alone."""
+    ids, mask = _padded(prompts, model.device)
+    together, _ = _next(model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
+    alone = torch.stack([_whole_pass(model, prompt) for prompt in prompts])
+    return 0.0 if together is None else float((together - alone).abs().max())

@@ -20,7 +20,9 @@ from persona.engine.fused import unpacked
 from persona.model.dataset import Dataset
 from persona.model.loading import stop_ids
 from persona.model.render import ChatFormat
-from persona.speak.batches import generate, greedy
+from persona.speak.batches import generate
+from persona.speak.choices import greedy
+from persona.speak.rounding import LOOSE
 from persona.speak.speaker import text_of
 
 SAMPLE_TOKENS = 48  # enough to hear a voice; each token costs the run as much as the next
@@ -116,7 +118,7 @@ class Sampler:
         prompts = [ids for ids, _, _ in self.exchanges]
         stops = stop_ids(model, self.fmt.end_id, self.fmt.tokenizer)
         with unpacked(model):
-            generate(model, prompts, stops, greedy(self.max_new_tokens), len(prompts), 0.0, done)
+            generate(model, prompts, stops, greedy(self.max_new_tokens), len(prompts), LOOSE, done)
         exchanges = enumerate(self.exchanges)
         return [
             Sample(asked, replies[number][0], target, replies[number][1]) for number, (_, asked, target) in exchanges

@@ -15,6 +15,7 @@ from making.runs import config, conversations, write_jsonl
 from persona.config import dump_config
 from persona.errors import DataError, UsageError
 from persona.evaluate import command
+from persona.evaluate import loaded as loaded_module
 from persona.evaluate.blind.command import compare_blindly
 from persona.evaluate.loaded import load
 from persona.evaluate.page import report_page
@@ -22,6 +23,7 @@ from persona.evaluate.perplexity import example_losses, matrix, score
 from persona.evaluate.predictions import read_predictions
 from persona.evaluate.subject import read_controls, read_subject
 from persona.records import read_records
+from persona.speak.rounding import LEAST
 from persona.train.run import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,9 +119,33 @@ def test_finished_replies_are_not_generated_again(home, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("it generates again")
 
-    monkeypatch.setattr("persona.speak.batches.generate", never)
+    monkeypatch.setattr("persona.speak.replies.generate", never)
     command.run_predict(subject_of(output=tmp_path), False, 2, lambda _: None)
     assert (tmp_path / "predictions.json").read_bytes() == before
+
+
+def test_rounding_is_measured_once_for_a_model_and_a_device(home, tmp_path, monkeypatch):
+    measured, original = [], loaded_module.rounding_of
+
+    def counting(*args):
+        measured.append(original(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(loaded_module, "rounding_of", counting)
+    path = tmp_path / "rounding.json"
+    for size in (4, 1):
+        command.run_predict(subject_of(output=tmp_path), False, size, lambda _: None)
+    assert [one.margin for one in measured] == [LEAST]
+    loaded = load(subject_of(output=tmp_path), False, 4, silent, writes=True)
+    assert loaded.kept_rounding() == measured[0]
+    for spoiled in ("", "[]", "{}", path.read_text("utf-8").replace("torch 2", "torch 1")):
+        path.write_text(spoiled, encoding="utf-8")
+        assert loaded.kept_rounding() is None
+        assert loaded.rounding([[{"role": "user", "content": "Who?"}]], 8).margin == LEAST
+        assert loaded.kept_rounding() == measured[-1]
+    assert len(measured) == 5
+    assert replace(loaded, identity="another").kept_rounding() is None
+    assert replace(loaded, precision="bf16").kept_rounding() is None
 
 
 def test_base_and_tuned_are_one_model_and_the_adapter_is_put_back(home):

@@ -19,6 +19,7 @@ from persona.evaluate.results import Estimate, Evaluation, Span, write_evaluatio
 from persona.pages import asset
 from persona.pages import environment as environment_of
 from persona.pages import page as page_of
+from persona.speak.rounding import Rounding
 from persona.train.curves import DARK, LIGHT
 
 WHOLE, CHINESE = evaluations.whole(), evaluations.chinese()
@@ -164,7 +165,7 @@ def test_missing_parts_are_named_with_the_way_to_get_them():
     optional = [
         field.name for field in fields(Evaluation) if field.name not in ("name", "kind", "seed", "language", "format")
     ]
-    assert len(optional) == 12
+    assert len(optional) == 13
     for name in optional:
         without = replace(WHOLE, **{name: getattr(LEAST, name)})
         Page(report_page(without))
@@ -342,10 +343,30 @@ def test_curves_of_one_point_and_none():
     ("form", "value", "shown"),
     [("decimal", 0, "0"), ("decimal", 0.12345, "0.123"), ("decimal", 20.28, "20.3"), ("decimal", 1234.5, "1,234")]
     + [("percent", 0.6213, "62 %"), ("percent", 0.0213, "2.1 %"), ("percent", 0, "0 %"), ("percent", 1, "100 %")]
-    + [("percent", -0.3, "-30 %"), ("whole", 1234, "1,234"), ("hundredths", 0.385, "0.39")],
+    + [("percent", -0.3, "-30 %"), ("whole", 1234, "1,234"), ("hundredths", 0.385, "0.39")]
+    + [("small", 0, "0"), ("small", 0.000056, "0.000056"), ("small", 0.0421, "0.0421"), ("small", 0.001, "0.001")],
 )  # fmt: skip
 def test_numbers_are_rounded_for_a_person(form, value, shown):
     assert FORMS[form](value) == shown
+
+
+def test_the_page_says_how_the_replies_were_decoded():
+    def words(rounding):
+        page = re.sub(r"<[^>]+>", "", report_page(replace(WHOLE, rounding=rounding)))
+        return re.search(r"Replies were decoded.*--batch-size\.|$", page)[0]
+
+    alone, at_all = (
+        "in a batch a logit differed from that of the reply alone by",
+        "So no reply depends on --batch-size.",
+    )
+    again = "Choices closer than 0.001 were made again from a pass over that reply alone."
+    assert words(None) == ""
+    assert words(Rounding(0.0, 0.0, 8)) == f"Replies were decoded in passes of 8 rows; {alone} 0 at most. {at_all}"
+    assert (
+        words(Rounding(5e-5, 1e-3, None))
+        == f"Replies were decoded in batches; {alone} 0.00005 at most. {again} {at_all}"
+    )
+    assert words(Rounding(None, 0.0, 1)) == f"Replies were decoded one at a time. {at_all}"
 
 
 def test_a_number_is_quoted_with_its_place_and_a_missing_one_is_a_dash():

@@ -30,6 +30,7 @@ from persona.evaluate.results import (
     Span,
     StyleReport,
 )
+from persona.speak.rounding import Rounding
 from persona.train.verdict import Finding
 
 TAMSIN = Path(__file__).parents[2] / "data" / "tamsin"
@@ -181,6 +182,7 @@ def whole():
             Replies(47, 4.31, 24.87, 19.02, 1.084, 0.0213, 0.9787),
             Replies(47, 0.62, 16.4, 10.75, 2.413, 0.3617, 0.6383),
         ),
+        rounding=Rounding(0.0000558, 0.001, None),
         recall=Recall(
             Sides(Estimate(0.78, 0.66, 0.89), Estimate(0.61, 0.47, 0.74)),
             Sides(Estimate(0.34, 0.2, 0.49), Estimate(0.02, 0.0, 0.05)),

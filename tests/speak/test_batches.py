@@ -1,20 +1,27 @@
-"""Replies in batches: the same as alone, whatever the batch, its order, its padding and its interruptions."""
+"""Replies in batches: the same as alone, whatever the batch, its order, its padding and its precision."""
+
+from itertools import pairwise
 
 import pytest
 import torch
+from making.pretended_gpu import PretendedGpu
 from making.tiny import model as tiny
+from making.tiny import save_model
 
-from persona.config import Generation
+from persona.config import Lora, Quantization
+from persona.engine import fused
 from persona.engine.attention import NAME
-from persona.errors import DataError
-from persona.model.render import chat_format
-from persona.speak import batches
-from persona.speak.batches import Decoding, Reply, ReplyFile, choose, families, generate, greedy, reply_to_all
-from persona.speak.speaker import Speaker, text_of
+from persona.model.loading import add_adapter, load_base
+from persona.speak import batches, past
+from persona.speak.batches import generate, measure
+from persona.speak.choices import Decoding, choose, greedy
+from persona.speak.past import Past, own_past, read
+from persona.speak.rounding import LEAST, LOOSE, MOST, ONE_BY_ONE, WIDTH, Rounding, with_margin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STOPS = list(range(0, 500, 25))  # so that some replies of a random model end by themselves
 SAMPLED = Decoding(12, 0.9, 0.8, 1.1, 3)
+WITH_MARGIN = Rounding(0.001, 0.01, None)
 
 
 def prompts(count, begin_alike=0, seed=0):
@@ -24,9 +31,9 @@ def prompts(count, begin_alike=0, seed=0):
     return [head + torch.randint(12, 500, (length,), generator=chance).tolist() for length in lengths]
 
 
-def generated(model, asked, how, batch_size, margin=0.01):
+def generated(model, asked, how, batch_size, rounding=WITH_MARGIN):
     said = {}
-    generate(model, asked, STOPS, how, batch_size, margin, lambda *one: said.update({one[0]: one[1:]}))
+    generate(model, asked, STOPS, how, batch_size, rounding, lambda *one: said.update({one[0]: one[1:]}))
     assert len(said) == len(asked)
     return [said[number] for number in range(len(asked))]
 
@@ -54,7 +61,7 @@ def test_a_batch_says_what_each_prompt_alone_would(kind, begin_alike):
     asked = prompts(9, begin_alike)
     alone = [by_hand(model, prompt, 12) for prompt in asked]
     for batch_size in (1, 4, 9):
-        assert generated(model, asked, greedy(12), batch_size, margin=0.0) == alone
+        assert generated(model, asked, greedy(12), batch_size, LOOSE) == alone
     assert {ended for _, ended in alone} == {True, False} or kind not in ("llama", "tree")
 
 
@@ -102,116 +109,205 @@ def test_a_choice_that_rounding_could_turn_is_not_sure():
     assert choose(edge, noise, drawn, 0.01)[1] is False
 
 
-def test_rounding_turns_nothing(monkeypatch):
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_rounding_turns_nothing(kind, monkeypatch):
     """Logits of a batch are disturbed as rounding might, many times over: every reply stays the same."""
-    model = tiny().eval()
+    model = tiny(kind).eval()
     asked = prompts(6, 60)
     right = {how: generated(model, asked, how, 1) for how in (greedy(12), SAMPLED)}
-    original, chance, turned = batches._next, torch.Generator().manual_seed(1), 0
+    steps, following, chance, turned = batches._steps, batches._next, torch.Generator().manual_seed(1), 0
 
-    def disturbed(*args):
-        logits, cache = original(*args)
-        return logits + (torch.rand(logits.shape, generator=chance) - 0.5) * 0.9, cache
+    def disturbed(logits):
+        return logits + (torch.rand(logits.shape, generator=chance) - 0.5) * 0.9
 
-    monkeypatch.setattr(batches, "_next", disturbed)
+    def disturbed_next(*args):
+        logits, cache = following(*args)
+        return disturbed(logits), cache
+
+    monkeypatch.setattr(batches, "_steps", lambda *args: [disturbed(logits) for logits in steps(*args)])
+    monkeypatch.setattr(batches, "_next", disturbed_next)
     for how, alone in right.items():
-        assert generated(model, asked, how, 3, margin=1.0) == alone
-        turned += generated(model, asked, how, 3, margin=0.0) != alone
-    assert turned == 2
+        assert generated(model, asked, how, 3, Rounding(0.25, 1.0, None)) == alone
+        turned += generated(model, asked, how, 3, LOOSE) != alone
+    assert turned
 
 
-def test_prompts_that_begin_alike_share_their_beginning():
-    first, second = list(range(50)), list(range(100, 150))
-    asked = [[*first, 1], [*second, 1, 2], [*first, 2, 3], [7, 8], [*second, 1, 3, 4], first]
-    assert list(families(asked, True)) == [(49, [2, 0, 5]), (51, [4, 1]), (0, [3])]
-    assert list(families(asked, False)) == [(0, [4, 1, 2, 0, 5, 3])]
+# --- 16 bits, in which a batch rounds otherwise -----------------------------------------------------------------------
 
 
-# --- messages in, replies out ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_no_reply_depends_on_the_batch_in_any_precision(kind, dtype):
+    model = tiny(kind).eval().to(dtype)
+    asked = prompts(9, 140)
+    rounding = measure(model, asked, 12)
+    for how in (greedy(12), SAMPLED):
+        alone = [generated(model, [prompt], how, 1, rounding)[0] for prompt in asked]
+        assert generated(model, asked, how, 8, rounding) == alone
+        assert generated(model, asked[::-1], how, 4, rounding)[::-1] == alone
+    if dtype == torch.float32:
+        assert (rounding.rows, rounding.margin) == (None, LEAST)
+    else:
+        assert rounding == (ONE_BY_ONE if kind == "gemma2" else Rounding(0.0, 0.0, WIDTH))
+
+
+def test_in_16_bits_nothing_is_chosen_again_and_in_a_padded_batch_replies_did_depend_on_it(monkeypatch):
+    model = tiny().eval().to(torch.bfloat16)
+    asked = prompts(24, 60)
+    rounding = measure(model, asked, 12)
+    assert generate(model, asked, STOPS, SAMPLED, 8, rounding, lambda *_: None) == 0
+    monkeypatch.setattr(batches, "why_not", lambda *_: "a test")
+    assert generated(model, asked, greedy(12), 8, LOOSE) != generated(model, asked, greedy(12), 1, LOOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_read_is_the_same_bits_wherever_reading_began(dtype, monkeypatch):
+    """Passes over a row alone continue those over its prompt and over a shared beginning; nothing may show it."""
+    monkeypatch.setattr(past, "CHUNK", 16)
+    model = tiny("qwen3").eval().to(dtype)
+    ids = torch.randint(12, 500, (75,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad(), own_past(model):
+        whole = {end: read(model, Past(), ids[:end]) for end in range(1, 76)}
+        kept = Past()
+        for end in (15, 16, 17, 31, 33, 47, 48, 49, 75):
+            kept.tokens = past.whole_chunks(min(kept.tokens, end - 1))
+            assert read(model, kept, ids[:end]).equal(whole[end]), end
+        for start in range(0, 75):
+            read(model, before := Past(), [*ids[:start], 3])
+            own = batches._beginning(([*ids[:start], 3], before), ids)
+            assert own.tokens == (start + (ids[start] == 3)) // 16 * 16
+            assert read(model, own, ids).equal(whole[75]), start
+        row = batches._Row(0, ids[:20], [], None, 60, Past(), Past())
+        read(model, row.past, row.prompt)
+        for token in ids[20:]:
+            row.reply.append(token)
+            batches._steps(model, [(token, row.past)], None)
+            if token % 3:  # not every choice is near
+                assert batches._read_alone(model, row).equal(whole[20 + len(row.reply)])
+
+
+def test_a_device_whose_rows_depend_on_their_company_is_noticed(monkeypatch):
+    """By a little, and choices are made again; by more, and it is one reply at a time; the replies stay the same."""
+    asked, behind = prompts(9, 60), batches.logits_behind
+    for noise, dtype in ((0.004, torch.float32), (0.004, torch.bfloat16), (0.5, torch.float32), (0.5, torch.bfloat16)):
+        model = tiny().eval().to(dtype)
+
+        def disturbed(model, ids, pasts, noise=noise):
+            company = [row for row in pasts if row is not None]
+            logits = behind(model, ids, pasts)
+            if len(company) == 1:
+                return logits
+            chance = torch.Generator().manual_seed(sum(row.tokens for row in company))
+            return logits + (torch.rand(logits.shape, generator=chance) - 0.5) * noise
+
+        monkeypatch.setattr(batches, "logits_behind", disturbed)
+        rounding = measure(model, asked, 12)
+        if noise > 0.1:
+            assert (rounding.margin, rounding.rows) == (0, 1)
+        elif dtype == torch.float32:
+            assert rounding.rows is None
+            assert 0.004 < rounding.margin < 0.01
+        alone = [generated(model, [prompt], SAMPLED, 1, rounding)[0] for prompt in asked]
+        assert generated(model, asked, SAMPLED, 8, rounding) == alone
+
+
+def test_the_margin_is_four_times_the_difference_between_its_bounds():
+    assert with_margin(0.0) == Rounding(0.0, LEAST, None)
+    assert with_margin(0.01) == Rounding(0.01, 0.04, None)
+    assert with_margin(MOST / 4) == Rounding(MOST / 4, MOST, None)
+    assert with_margin(MOST / 3.9) == Rounding(MOST / 3.9, 0.0, 1)
+
+
+def test_an_attention_that_slides_holds_short_rows_and_pads_long_ones():
+    model = tiny("mistral", sliding_window=64).eval().to(torch.bfloat16)
+    asked = [*prompts(4), *prompts(4, 60)]
+    rounding = measure(model, asked, 12)
+    assert rounding == Rounding(0.0, 0.0, WIDTH)
+    own, padded = batches._ways(model, asked, 12)
+    assert own == [0, 1, 2, 3]
+    assert padded == [4, 5, 6, 7]
+    alone = [generated(model, [prompt], greedy(12), 1, rounding)[0] for prompt in asked]
+    assert generated(model, asked, greedy(12), 8, rounding) == alone
+    assert measure(model, asked[4:], 12) == ONE_BY_ONE
+
+
+def test_the_place_of_a_finished_reply_is_taken_and_beginnings_are_read_once(monkeypatch):
+    model = tiny().eval()
+    asked = prompts(9, 260)
+    tokens, rows, behind = [], [], batches.logits_behind
+
+    def counting(model, ids, pasts):
+        (rows if len(ids[0]) == 1 else tokens).append(len(ids) * len(ids[0]))
+        return behind(model, ids, pasts)
+
+    monkeypatch.setattr(batches, "logits_behind", counting)
+    monkeypatch.setattr(past, "logits_behind", counting)
+    said = generated(model, asked, greedy(12), 4, LOOSE)
+    assert sum(tokens) < 256 + sum(len(prompt) - 256 for prompt in asked) + 1
+    assert sum(rows) == sum(len(ids) + ended - 1 for ids, ended in said)
+    assert all(count == 4 for count, _ in list(pairwise(rows))[: len(rows) // 2])
+
+
+def test_attention_is_put_back_after_a_fault():
+    model = tiny().eval()
+
+    def fault(*_):
+        raise KeyboardInterrupt
+
+    before = model.config._attn_implementation
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompts(3), STOPS, greedy(2), 2, LOOSE, fault)
+    assert model.config._attn_implementation == before
+
+
+# --- on a pretended GPU -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def speaker(tmp_path_factory, chatml):
-    model = tiny(vocabulary=len(chatml)).eval()
-    return Speaker(model, chat_format(chatml), Generation(), 256, None, "model")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "llama", vocab_size=512)
 
 
-def asking(count):
-    return [
-        [{"role": "system", "content": "You keep the lamp."}, {"role": "user", "content": f"Who is number {n % 7}?"}]
-        for n in range(count)
-    ]
+def adapted(folder, precision, device):
+    """The model in 4 bits with an adapter that changes something."""
+    base = load_base(folder, Quantization(load_in_4bit=True), precision, torch.device(device))
+    tuned = add_adapter(base, Lora(r=8, lora_alpha=16, lora_dropout=0.1), 0, "tiny").eval()
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+    return tuned
 
 
-def silent(*_):
-    pass
+@pytest.mark.parametrize("fuse", [False, True])
+def test_on_a_gpu_a_batch_in_4_bits_changes_no_reply_and_mixes_no_devices(folder, fuse, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the modes belong to one thread
+    with PretendedGpu() as gpu:
+        model = adapted(folder, "bf16", "cuda")
+        if fuse:
+            fused.fuse(model)
+        asked = prompts(9, 140)
+        rounding = measure(model, asked, 12)
+        assert rounding == Rounding(0.0, 0.0, WIDTH)
+        alone = [generated(model, [prompt], SAMPLED, 1, rounding)[0] for prompt in asked]
+        assert generated(model, asked, SAMPLED, 8, rounding) == alone
+    assert gpu.mixes == []
 
 
-def test_replies_come_in_order_with_their_counts(speaker):
-    seen = []
-    said = reply_to_all(speaker, asking(9), greedy(8), 2, True, None, lambda *told: seen.append(told))
-    assert len(said) == 9
-    assert said[0] == said[7]
-    assert said[1] == said[8]
-    assert said[0] != said[1]
-    assert all(reply.text == text_of(reply.ids, speaker.fmt) and (len(reply.ids) == 8) != reply.ended for reply in said)
-    assert seen[0] == (0, 7, None)
-    assert [told[0] for told in seen] == list(range(8))
-    assert seen[-1][2] == 0
-    assert all(told[2] > 0 for told in seen[1:-1])
-
-
-def test_what_is_finished_is_not_generated_again(speaker, tmp_path, monkeypatch):
-    path = tmp_path / "目录" / "replies.jsonl"
-    whole = reply_to_all(speaker, asking(7), greedy(8), 3, True, None, silent)
-    counted = []
-    original = batches.generate
-
-    def counting(model, missing, *rest):
-        counted.append(len(missing))
-        original(model, missing, *rest)
-
-    monkeypatch.setattr(batches, "generate", counting)
-    with ReplyFile(path, "m") as file:
-        reply_to_all(speaker, asking(7)[:4], greedy(8), 3, True, file, silent)
-    content = path.read_bytes()
-    path.write_bytes(content[:-20])  # killed while it wrote
-    for _ in range(2):
-        with ReplyFile(path, "m") as file:
-            assert reply_to_all(speaker, asking(7), greedy(8), 3, True, file, silent) == whole
-    assert counted == [4, 4]
-    assert len(path.read_bytes().splitlines()) == 7
-    for how, model, adapter in ((greedy(9), "m", True), (greedy(8), "other", True), (greedy(8), "m", False)):
-        with ReplyFile(path, model) as file:
-            reply_to_all(speaker, asking(1), how, 3, adapter, file, silent)
-    assert counted == [4, 4, 1, 1, 1]
-
-
-def test_an_interrupted_run_has_kept_what_was_finished(speaker, tmp_path):
-    path = tmp_path / "replies.jsonl"
-
-    def stop_at_three(done, count, left):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), ReplyFile(path, "m") as file:
-        reply_to_all(speaker, asking(7), greedy(8), 2, True, file, stop_at_three)
-    assert len(path.read_bytes().splitlines()) == 3
-
-
-@pytest.mark.parametrize(
-    "line", [b"not json", b'{"key": "a"}', b'["a"]', b"\xff\xfe", b'{"key": 1, "text": "", "ids": 5}']
-)
-def test_a_file_of_something_else_is_refused_by_line(tmp_path, line):
-    path = tmp_path / "replies.jsonl"
-    with ReplyFile(path, "m") as file:
-        file.add("k", Reply("Aye.", (1, 2), True))
-    path.write_bytes(path.read_bytes() + line + b"\n")
-    with pytest.raises(DataError, match=r"replies\.jsonl:2: not a finished reply.*Delete the file"):
-        ReplyFile(path, "m")
-
-
-def test_a_prompt_that_is_too_long_is_named(speaker):
-    asked = [*asking(1), [{"role": "user", "content": "why " * 400}]]
-    with pytest.raises(DataError, match="Prompt 2 of 2 cannot be asked: .* over the limit of 192"):
-        reply_to_all(speaker, asked, greedy(8), 2, True, None, silent)
+def test_on_a_gpu_few_rows_take_the_kernel_of_bitsandbytes(folder, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    dequantized, original = [], fused._frozen
+    monkeypatch.setattr(fused, "_frozen", lambda *args: dequantized.append(1) or original(*args))
+    with PretendedGpu():
+        model = adapted(folder, "fp32", "cuda")
+        fused.fuse(model)
+        few, many = torch.arange(12, 76, device="cuda")[None], torch.arange(12, 77, device="cuda")[None]
+        with torch.no_grad():
+            by_kernel = model(input_ids=few).logits.cpu()
+            assert not dequantized
+            model(input_ids=many)
+            assert dequantized
+        by_matrix = model(input_ids=few).logits.detach().cpu()  # with a gradient
+        with torch.no_grad(), model.disable_adapter():
+            apart = (model(input_ids=few).logits.cpu() - by_matrix).abs().max()
+    assert apart > 0.1
+    assert torch.allclose(by_kernel, by_matrix, atol=1e-4)
