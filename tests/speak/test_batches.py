@@ -160,6 +160,20 @@ def test_in_16_bits_nothing_is_chosen_again_and_in_a_padded_batch_replies_did_de
     assert generated(model, asked, greedy(12), 8, LOOSE) != generated(model, asked, greedy(12), 1, LOOSE)
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 8, 11])
+def test_in_16_bits_every_step_has_the_same_number_of_rows(batch_size, monkeypatch):
+    """A tiny model's products come out the same for any number; those of a real one do not."""
+    rows, behind = [], batches.logits_behind
+
+    def counting(model, ids, pasts):
+        rows.append((len(ids), len(pasts)))
+        return behind(model, ids, pasts)
+
+    monkeypatch.setattr(batches, "logits_behind", counting)
+    generated(tiny().eval().to(torch.bfloat16), prompts(11), greedy(4), batch_size, Rounding(0.0, 0.0, WIDTH))
+    assert set(rows) == {(WIDTH, WIDTH)}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_read_is_the_same_bits_wherever_reading_began(dtype, monkeypatch):
     """Passes over a row alone continue those over its prompt and over a shared beginning; nothing may show it."""
@@ -218,7 +232,9 @@ def test_the_margin_is_four_times_the_difference_between_its_bounds():
     assert with_margin(MOST / 3.9) == Rounding(MOST / 3.9, 0.0, 1)
 
 
-def test_an_attention_that_slides_holds_short_rows_and_pads_long_ones():
+def test_an_attention_that_slides_holds_short_rows_and_takes_long_ones_alone(monkeypatch):
+    rows, reply = [], batches._reply
+    monkeypatch.setattr(batches, "_reply", lambda work, some: rows.append(len(some)) or reply(work, some))
     model = tiny("mistral", sliding_window=64).eval().to(torch.bfloat16)
     asked = [*prompts(4), *prompts(4, 60)]
     rounding = measure(model, asked, 12)
@@ -228,7 +244,10 @@ def test_an_attention_that_slides_holds_short_rows_and_pads_long_ones():
     assert padded == [4, 5, 6, 7]
     alone = [generated(model, [prompt], greedy(12), 1, rounding)[0] for prompt in asked]
     assert generated(model, asked, greedy(12), 8, rounding) == alone
+    assert rows == [1] * 8
     assert measure(model, asked[4:], 12) == ONE_BY_ONE
+    generated(model, asked[4:], greedy(12), 8, ONE_BY_ONE)
+    assert rows == [1] * 12
 
 
 def test_the_place_of_a_finished_reply_is_taken_and_beginnings_are_read_once(monkeypatch):
