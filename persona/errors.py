@@ -26,7 +26,7 @@ class EnvironmentFault(PersonaError):
 
 
 class OutOfMemory(PersonaError):
-    """The device's memory does not hold one pack."""
+    """The memory does not hold the model, or a single example."""
 
     exit_code = 5
 

@@ -129,6 +129,7 @@ def test_the_merged_model_is_as_good_as_base_and_adapter(outputs, folder, embedd
 
     import torch
     from accelerate import Accelerator
+    from making.packs import tokens
 
     from persona.config import Quantization
     from persona.model.adapters import read_persona
@@ -145,7 +146,7 @@ def test_the_merged_model_is_as_good_as_base_and_adapter(outputs, folder, embedd
     plain = Quantization(load_in_4bit=False)
     cpu = torch.device("cpu")
     together = load_adapter(load_base(embedded, plain, "fp32", cpu), adapter)
-    losses = [mean_loss(model, held_out, 2048, Accelerator(cpu=True), False) for model in (
+    losses = [mean_loss(model, held_out, tokens(2048), Accelerator(cpu=True), False) for model in (
         together, load_base(merged, plain, "fp32", cpu), load_base(embedded, plain, "fp32", cpu))]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert losses[0] < losses[2] - 0.05

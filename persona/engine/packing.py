@@ -59,6 +59,14 @@ def portion(examples: Sequence[Example], rank: int, count: int, share: bool) -> 
     return [example for example, owner in zip(ordered, owners, strict=True) if owner == rank]
 
 
+def count_tokens(examples: Sequence[Example], share: bool) -> int:
+    """The tokens that a pack of `examples`, in the order of `plan_packs`, computes."""
+    read = [inputs(example) for example in examples]
+    if not share:
+        return len(read) * max(map(len, read))
+    return sum(len(ids) - _common(before, ids) for before, ids in zip([(), *read], read, strict=False))
+
+
 def plan_packs(examples: Sequence[Example], max_tokens: int, share: bool) -> list[list[Example]]:
     """Examples in as few packs as `max_tokens` allows, trees of about the same size; a longer example goes alone.
 

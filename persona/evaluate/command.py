@@ -83,7 +83,7 @@ def evaluate(request: Request, report: Report) -> None:
 
     from persona.model.device import enough_memory
 
-    with enough_memory("Lower --batch-size and evaluation.max_tokens_per_pack, or take a smaller model."):
+    with enough_memory("Close other programs that use it, or take a smaller model; see also --load-in-4bit."):
         if request.verb == "score":
             run_score(subjects, controls, request.load_in_4bit, report)
         elif request.verb == "predict":
@@ -115,20 +115,20 @@ def run_score(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit
     from persona.evaluate.perplexity import matrix, score
 
     if len(subjects) > 1:
-        report(tables.matrix(matrix(subjects, controls, in_4bit, progress)))
+        report(tables.matrix(matrix(subjects, controls, in_4bit, progress, report)))
         return
-    loaded = load(subjects[0], in_4bit, 1, progress, writes=False)
+    loaded = load(subjects[0], in_4bit, 1, progress, False, report)
     report(tables.scores(score(loaded, [subjects[0].held_out, *controls], progress)))
 
 
 def run_predict(subject: Subject, in_4bit: bool, batch_size: int, report: Report) -> None:
     """Replies to the held-out prompts, written in the file's order, and their figures."""
-    _predicted(subject, _loaded(subject, in_4bit, batch_size), report)
+    _predicted(subject, _loaded(subject, in_4bit, batch_size, report), report)
 
 
 def run_style(subject: Subject, in_4bit: bool, batch_size: int, limit: int | None, report: Report) -> None:
     """How far from base to author, by style."""
-    texts = _samples(subject, _loaded(subject, in_4bit, batch_size), limit)
+    texts = _samples(subject, _loaded(subject, in_4bit, batch_size, report), limit)
     report(tables.style(compare(all_replies(subject.held_out.records), texts, subject.config.seed, REPEATS)))
 
 
@@ -143,7 +143,7 @@ def run_report(
     from persona.files import write_text
 
     author, seed = all_replies(subject.held_out.records), subject.config.seed
-    loaded = _loaded(subject, in_4bit, batch_size)
+    loaded = _loaded(subject, in_4bit, batch_size, report)
     scores = () if loaded is None else score(loaded, [subject.held_out, *controls], progress)
     if scores:
         report(tables.scores(scores))
@@ -182,11 +182,11 @@ def run_report(
     return found
 
 
-def _loaded(subject: Subject, in_4bit: bool, batch_size: int) -> "Loaded | None":
+def _loaded(subject: Subject, in_4bit: bool, batch_size: int, report: Report) -> "Loaded | None":
     """The subject's model, to write replies with; None for a file of texts."""
     from persona.evaluate.loaded import load
 
-    return None if subject.texts is not None else load(subject, in_4bit, batch_size, progress, writes=True)
+    return None if subject.texts is not None else load(subject, in_4bit, batch_size, progress, True, report)
 
 
 def _predicted(

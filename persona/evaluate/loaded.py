@@ -5,11 +5,13 @@ Finished replies are kept on disk, so that a long evaluation can be interrupted.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from persona.config import Generation, Quantization
+from persona.engine.memory import LEAST_TOKENS, Full, Limit, attempt
 from persona.errors import UsageError
 from persona.evaluate.predictions import Prediction, asked
 from persona.evaluate.results import Sides
@@ -37,7 +39,9 @@ class Loaded:
     subject: Subject
     speaker: Speaker
     precision: str
-    batch_size: int
+    at_once: Limit
+    """Replies at a time."""
+    packs: Limit
     identity: str
     """The identity of the weights, by which finished replies are kept."""
     watch: Watch
@@ -47,11 +51,15 @@ class Loaded:
         rounding = self.rounding(prompts, decoding.max_new_tokens)
         with ReplyFile(self.subject.output / CACHE, self.identity) as finished:
 
+            def replies(adapter: bool, progress: Progress) -> list[Reply]:
+                size = self.at_once.size
+                return reply_to_all(self.speaker, prompts, decoding, size, rounding, adapter, finished, progress)
+
             def ask(adapter: bool, side: str) -> list[Reply]:
                 progress = self.watch(f"{step}, {side}")
-                return reply_to_all(
-                    self.speaker, prompts, decoding, self.batch_size, rounding, adapter, finished, progress
-                )
+                while isinstance(full := attempt(partial(replies, adapter, progress), self.speaker.model.device), Full):
+                    self.at_once.halve(full, self.at_once.size, "a single reply" if self.at_once.size == 1 else None)
+                return full
 
             if self.speaker.kind != "adapter":
                 return Sides(ask(True, "the model"))
@@ -87,7 +95,9 @@ def identity_of(base: Path, adapter: Path | None, quantization: Quantization) ->
     return f"{fingerprint(base)} {own} {held}"
 
 
-def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch, writes: bool) -> Loaded:
+def load(
+    subject: Subject, in_4bit: bool, batch_size: int, watch: Watch, writes: bool, report: Callable[[str], None]
+) -> Loaded:
     """Load the model of `subject` as it was trained; a merged one in 16 bits, or in 4 with `in_4bit`.
 
     On a CPU a model that `writes` replies computes in float32, so that figures compare with those of earlier versions.
@@ -104,7 +114,14 @@ def load(subject: Subject, in_4bit: bool, batch_size: int, watch: Watch, writes:
     speaker = load_speaker(config, subject.base, subject.adapter, quantization.load_in_4bit)
     precision = choose_precision(config.training.precision, speaker.model.device)
     identity = identity_of(subject.base, subject.adapter, quantization)
-    return Loaded(subject, speaker, precision, batch_size, identity, watch)
+    advice = (
+        "Lower data.max_length or generation.max_new_tokens with --set, or take a smaller model; --load-in-4bit holds "
+        "a merged one in 4 bits."
+    )
+    size = config.evaluation.max_tokens_per_pack
+    packs = Limit("evaluation.max_tokens_per_pack", size, size, LEAST_TOKENS, "packs of {} tokens", advice, report)
+    at_once = Limit("--batch-size", batch_size, batch_size, 1, "{} replies at a time", advice, report)
+    return Loaded(subject, speaker, precision, at_once, packs, identity, watch)
 
 
 def predict(loaded: Loaded) -> tuple[Sides[list[Prediction]], Sides[list[bool]]]:

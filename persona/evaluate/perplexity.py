@@ -8,7 +8,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from peft import PeftModel
 
 from persona.engine.attention import NAME
 from persona.engine.loss import token_losses
+from persona.engine.memory import Full, Limit, attempt
 from persona.engine.packing import pack, plan_packs
 from persona.engine.trial import TOLERANCE, trial_examples, why_not
 from persona.errors import Diverged
@@ -41,7 +43,7 @@ class Losses:
 
 
 def conversation_losses(
-    model: Any, dataset: Dataset, max_tokens: int, precision: str, share: bool, progress: Progress
+    model: Any, dataset: Dataset, limit: Limit, precision: str, share: bool, progress: Progress
 ) -> Losses:
     """The losses of every conversation with the adapter and, if there is one, without it, from one model in memory."""
     sides = 2 if isinstance(model, PeftModel) else 1
@@ -53,13 +55,11 @@ def conversation_losses(
         progress(done, total, seconds / done * (total - done) if done else None)
 
     show(0)
-    tuned = example_losses(model, examples, max_tokens, precision, share, show)
+    tuned = example_losses(model, examples, limit, precision, share, show)
     base = None
     if sides == 2:
         with model.disable_adapter():
-            base = example_losses(
-                model, examples, max_tokens, precision, share, lambda done: show(len(examples) + done)
-            )
+            base = example_losses(model, examples, limit, precision, share, lambda done: show(len(examples) + done))
     return Losses(_by_conversation(tuned, dataset), base and _by_conversation(base, dataset))
 
 
@@ -71,35 +71,44 @@ def _by_conversation(losses: Sequence[float], dataset: Dataset) -> list[float]:
 def example_losses(
     model: Any,
     examples: Sequence[Example],
-    max_tokens: int,
+    limit: Limit,
     precision: str,
     share: bool,
     show: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
     """The negative log-likelihood of each example's reply in nats, in the order of `examples`.
 
-    `share` lays them out as prefix trees; see `shared_beginnings`. Raises `Diverged` for a loss that is not finite.
+    `share` lays them out as prefix trees; see `shared_beginnings`. When the memory is full, the others go through in
+    smaller packs. Raises `Diverged` for a loss that is not finite.
     """
     # equal examples have equal losses, which are computed once
     places: dict[Example, list[int]] = {}
     for place, example in enumerate(examples):
         places.setdefault(example, []).append(place)
     losses = [0.0] * len(examples)
-    done = 0
+    left = dict.fromkeys(places)
     with _evaluating(model), _autocast(model, precision):
-        for group in plan_packs(list(places), max_tokens, share):
-            costs = token_losses(model, pack(group, model.device, share)).double().cpu()
-            for example, part in zip(group, costs.split([len(example.reply_ids) for example in group]), strict=True):
-                for place in places[example]:
-                    losses[place] = part.sum().item()
-                    done += 1
-            show(done)
+        while left:
+            for group in plan_packs(list(left), limit.size, share):
+                costs = attempt(partial(_costs, model, group, share), model.device)
+                if isinstance(costs, Full):
+                    limit.halve_pack(costs, group, share)
+                    break
+                for example, part in zip(group, costs.split([len(one.reply_ids) for one in group]), strict=True):
+                    del left[example]
+                    for place in places[example]:
+                        losses[place] = part.sum().item()
+                show(len(examples) - sum(len(places[example]) for example in left))
     if not all(map(math.isfinite, losses)):
         raise Diverged(
             "The model's loss on this file is not finite: its weights are damaged, or its precision is too small. Try "
             "--set training.precision=fp32."
         )
     return losses
+
+
+def _costs(model: Any, group: Sequence[Example], share: bool) -> torch.Tensor:
+    return token_losses(model, pack(group, model.device, share)).double().cpu()
 
 
 @contextmanager
@@ -120,21 +129,22 @@ def _autocast(model: Any, precision: str) -> Any:
 
 
 @contextmanager
-def shared_beginnings(model: Any, examples: Sequence[Example], max_tokens: int, precision: str) -> Iterator[bool]:
+def shared_beginnings(model: Any, examples: Sequence[Example], limit: Limit, precision: str) -> Iterator[bool]:
     """Whether shared beginnings of examples can be computed once inside the block; a trial with some of them decides.
 
     The model's own attention is put back afterwards.
     """
     whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if why_not(model.config, max_tokens) is not None or len(examples) < 2:
+    if why_not(model.config, limit.size) is not None or len(examples) < 2:
         yield False
         return
     before = model.config._attn_implementation
     trial = trial_examples(examples)
-    alone = sum(example_losses(model, trial, 1, precision, share=False))
+    alone = sum(example_losses(model, trial, replace(limit, size=1), precision, share=False))
     whole.set_attn_implementation(NAME)
     try:
-        together = sum(example_losses(model, trial, sum(map(_length, trial)), precision, share=True))
+        one_pack = replace(limit, size=sum(map(_length, trial)))
+        together = sum(example_losses(model, trial, one_pack, precision, share=True))
         tolerance, _ = TOLERANCE[DTYPES[precision]]
         yield abs(together - alone) <= tolerance * abs(alone)
     finally:
@@ -178,7 +188,7 @@ def score_of(
 def score(loaded: Loaded, files: Sequence[Measured], watch: Watch) -> tuple[FileScore, ...]:
     """The scores of base and tuned on `files`."""
     config, speaker = loaded.subject.config, loaded.speaker
-    limit = config.evaluation.max_tokens_per_pack
+    limit = loaded.packs
     scores = []
     for file in files:
         dataset = render_records(file.records, speaker.fmt, file.system, config.data.max_length)
@@ -190,7 +200,13 @@ def score(loaded: Loaded, files: Sequence[Measured], watch: Watch) -> tuple[File
     return tuple(scores)
 
 
-def matrix(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: bool, watch: Watch) -> Matrix:
+def matrix(
+    subjects: Sequence[Subject],
+    controls: Sequence[Measured],
+    in_4bit: bool,
+    watch: Watch,
+    report: Callable[[str], None],
+) -> Matrix:
     """Score every subject on the held-out files of all, one model in memory at a time (as in arXiv 2510.21958).
 
     A file keeps its own system prompt, so that every model reads the same text.
@@ -202,7 +218,7 @@ def matrix(subjects: Sequence[Subject], controls: Sequence[Measured], in_4bit: b
     columns: list[list[float]] = []
     bases: list[list[float]] = []
     for subject in subjects:
-        loaded = load(subject, in_4bit, 1, watch, writes=False)
+        loaded = load(subject, in_4bit, 1, watch, False, report)
         scores = score(loaded, files, lambda step, of=subject.name: watch(f"{of}: {step}"))
         columns.append([one.score.tuned.perplexity.value or 0.0 for one in scores])
         bases.append([one.score.base.perplexity.value or 0.0 for one in scores if one.score.base is not None])

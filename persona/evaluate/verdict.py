@@ -6,7 +6,7 @@ from persona.config import Config
 from persona.evaluate.intervals import wilson
 from persona.evaluate.results import Copying, Estimate, Evaluation, Recall, Replies
 from persona.train.history import read_history
-from persona.train.loop import updates_per_epoch
+from persona.train.schedule import updates_per_epoch
 from persona.train.verdict import Finding, of_training
 
 COPIED = 0.15  # share of the replies in copied spans, above the share that the author repeats himself

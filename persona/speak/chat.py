@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from persona.config import Config
 from persona.console import safe
-from persona.errors import PersonaError
+from persona.engine.memory import Full, attempt
+from persona.errors import OutOfMemory, PersonaError
 from persona.model.dataset import read_system_prompt
 from persona.model.device import enough_memory
 from persona.model.render import Message
@@ -88,7 +90,12 @@ def chat(speaker: Speaker, system: str | None) -> None:
                 return
             continue
         try:
-            conversation.say(line, _write)
+            full = attempt(partial(conversation.say, line, _write), speaker.model.device)
+            if isinstance(full, Full):
+                raise OutOfMemory(
+                    f"The memory is full ({full.reason}) with {len(conversation.turns) + 1} messages, and your line is "
+                    "forgotten. For longer conversations start with a smaller data.max_length: --set data.max_length=N."
+                )
         except PersonaError as error:
             print(f"{error}\nType /reset to begin again.", end="")
         print("\n")

@@ -138,11 +138,8 @@ def load_checkpoint(folder: Path, model: PeftModel, optimizer: Any, scheduler: A
     scheduler.load_state_dict(state["scheduler"])
     if scaler is not None and state["scaler"] is not None:
         scaler.load_state_dict(state["scaler"])
-    random = load_file(folder / _RANDOM)
-    if (cpu := random.get(_of_process("cpu", rank))) is not None:
-        torch.set_rng_state(cpu)
-    if (cuda := random.get(_of_process("cuda", rank))) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+    states = load_file(folder / _RANDOM)
+    put_random_state_back({n: states[key] for n in ("cpu", "cuda") if (key := _of_process(n, rank)) in states})
 
 
 def load_weights(model: PeftModel, folder: Path) -> None:
@@ -156,6 +153,14 @@ def random_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def put_random_state_back(state: dict[str, torch.Tensor]) -> None:
+    """The reverse of `random_state`; a device that `state` does not know goes on as it is."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _of_process(name: str, rank: int) -> str:

@@ -9,11 +9,10 @@ the state is saved. A loss or a gradient that is not finite ends the run before 
 """
 
 import math
-import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from persona.config import Evaluation, Training
 from persona.console import excerpt
 from persona.engine.loss import negative_log_likelihood
-from persona.engine.packing import pack, plan_packs, portion
-from persona.errors import Diverged, EnvironmentFault, Interrupted
+from persona.engine.memory import Limit
+from persona.engine.packing import pack, portion
+from persona.errors import Diverged, EnvironmentFault, Interrupted, OutOfMemory
 from persona.files import fault_in
 from persona.model.dataset import Conversation
 from persona.model.device import peak_memory_gib, return_free_memory
@@ -44,7 +44,9 @@ from persona.train.checkpoints import (
     stop_requests,
 )
 from persona.train.devices import ALONE, Devices
+from persona.train.memory import LOOKED_AT, STATES, TRIED_ON, start_over, sum_over_packs, try_heaviest
 from persona.train.metrics import MetricsWriter, Sampler, perplexity
+from persona.train.schedule import conversations_of, rate_factor, total_updates, updates_per_epoch
 
 OVERFLOWS_LIMIT = 20  # fp16 lowers its loss scale after an overflow; from 65,536 it is at 0.06 after twenty
 
@@ -87,6 +89,9 @@ class Trainer:
     """Called after each update, in all processes, before anything is measured or saved."""
     sampler: Sampler | None
     devices: Devices
+    packs: Limit
+    held_out_packs: Limit
+    samples_at_once: Limit
     peak_memory_gib: float = 0.0
     """The peak of the device with the most."""
 
@@ -124,6 +129,8 @@ def run_training(trainer: Trainer) -> None:
     progress = trainer.progress
     started = time.perf_counter() - progress.seconds
     with stop_requests(trainer.devices.main) as signals:
+        if trainer.device.type in TRIED_ON and progress.step < trainer.total:
+            _try_heaviest(trainer)
         if progress.step == 0 and trainer.held_out:
             progress.base_loss = _evaluate(trainer)
             _write_samples(trainer)
@@ -148,10 +155,7 @@ def run_training(trainer: Trainer) -> None:
 
 def _one_update(trainer: Trainer) -> Update:
     begun = time.perf_counter()
-    conversations = conversations_of(
-        trainer.progress.step, len(trainer.train), trainer.training.train_batch_size, trainer.seed
-    )
-    examples = [example for index in conversations for example in trainer.train[index]]
+    examples = _examples_of(trainer, trainer.progress.step)
     trainer.model.train()
     loss = _backward(trainer, examples)
     rate = float(trainer.scheduler.get_last_lr()[0])
@@ -165,19 +169,52 @@ def _one_update(trainer: Trainer) -> Update:
 def _backward(trainer: Trainer, examples: Sequence[Example]) -> float:
     """The mean loss per supervised token of `examples`, whose gradients it leaves in the weights."""
     supervised = sum(len(example.reply_ids) for example in examples)
-    total = torch.zeros((), device=trainer.device)
     if trainer.accelerator.scaler is not None:
-        trainer.accelerator.scaler.scale(total)  # sets it up, also in a process that gets no pack
+        # sets it up, also in a process that gets no pack
+        trainer.accelerator.scaler.scale(torch.zeros((), device=trainer.device))
     own = portion(examples, trainer.devices.rank, trainer.devices.count, trainer.share)
-    groups = plan_packs(own, trainer.training.max_tokens_per_pack, trainer.share)
-    for group, weight in trainer.devices.passes(groups, examples[:1]):
-        packed = pack(group, trainer.device, trainer.share)
-        with trainer.accelerator.autocast():
-            loss = negative_log_likelihood(trainer.model, packed) * weight / supervised
-        trainer.accelerator.backward(loss)
-        return_free_memory(trainer.device)
-        total += loss.detach()
-    return trainer.devices.sum_gradients(trained_weights(trainer.model), total).item()
+    weights = trained_weights(trainer.model)
+    total = sum_over_packs(
+        partial(_learn, trainer, supervised), own, examples[:1], trainer.packs, trainer.share, trainer.device,
+        trainer.devices, partial(start_over, weights, random_state()),
+    )  # fmt: skip
+    return trainer.devices.sum_gradients(weights, total).item()
+
+
+def _learn(trainer: Trainer, supervised: int, group: Sequence[Example], weight: float) -> torch.Tensor:
+    """Add the gradients of one pack, of an update with so many supervised tokens; returns its part of the loss."""
+    packed = pack(group, trainer.device, trainer.share)
+    with trainer.accelerator.autocast():
+        loss = negative_log_likelihood(trainer.model, packed) * weight / supervised
+    trainer.accelerator.backward(loss)
+    return_free_memory(trainer.device)
+    return loss.detach()
+
+
+def _try_heaviest(trainer: Trainer) -> None:
+    """See to it that the heaviest pack of the updates that are left fits the memory."""
+    left = range(trainer.progress.step, trainer.total)
+    chosen = left[:: 1 + len(left) // LOOKED_AT]
+    rank, count = trainer.devices.rank, trainer.devices.count
+
+    def updates() -> Iterator[Sequence[Example]]:
+        for step in chosen:
+            yield portion(_examples_of(trainer, step), rank, count, trainer.share)
+
+    optimizer = choose_optimizer(trainer.training.optim, trainer.device)
+    known = bool(trainer.optimizer.optimizer.state)  # of a run that is continued
+    states = 0 if known else STATES[optimizer] * sum(weight.numel() for weight in trained_weights(trainer.model))
+    trainer.model.train()
+    try_heaviest(
+        partial(_learn, trainer, 1), trainer.model, updates, states, trainer.train[0][:1], trainer.packs,
+        trainer.share, trainer.device, trainer.devices,
+    )  # fmt: skip
+
+
+def _examples_of(trainer: Trainer, step: int) -> list[Example]:
+    """The examples that update number `step` learns from, counted from 0."""
+    conversations = conversations_of(step, len(trainer.train), trainer.training.train_batch_size, trainer.seed)
+    return [example for index in conversations for example in trainer.train[index]]
 
 
 def _step(trainer: Trainer, loss: float) -> float:
@@ -256,8 +293,9 @@ def _evaluate_if_due(trainer: Trainer) -> bool:
 
 def _evaluate(trainer: Trainer) -> float:
     """The held-out loss, which is also written to the metrics."""
-    limit = trainer.evaluation.max_tokens_per_pack
-    loss = mean_loss(trainer.model, trainer.held_out, limit, trainer.accelerator, trainer.share, trainer.devices)
+    loss = mean_loss(
+        trainer.model, trainer.held_out, trainer.held_out_packs, trainer.accelerator, trainer.share, trainer.devices
+    )
     if not math.isfinite(loss):
         raise _diverged(trainer, f"held-out loss after update {trainer.progress.step}")
     _write_metrics(trainer, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
@@ -267,20 +305,23 @@ def _evaluate(trainer: Trainer) -> float:
 def mean_loss(
     model: Any,
     conversations: Sequence[Conversation],
-    max_tokens: int,
+    limit: Limit,
     accelerator: Accelerator,
     share: bool,
     devices: Devices = ALONE,
 ) -> float:
     """Mean negative log-likelihood in nats per supervised token over `conversations`, whatever the packs."""
     examples = [example for conversation in conversations for example in conversation]
+    device = accelerator.device
+
+    def measure(group: Sequence[Example], weight: float) -> torch.Tensor:
+        return weight * negative_log_likelihood(model, pack(group, device, share)).double()
+
     was_training = model.training
     model.eval()
-    total = 0.0
     with torch.no_grad(), accelerator.autocast():
-        groups = plan_packs(portion(examples, devices.rank, devices.count, share), max_tokens, share)
-        for group, weight in devices.passes(groups, examples[:1]):
-            total += weight * negative_log_likelihood(model, pack(group, accelerator.device, share)).item()
+        own = portion(examples, devices.rank, devices.count, share)
+        total = sum_over_packs(measure, own, examples[:1], limit, share, device, devices).item()
     model.train(was_training)
     return devices.total(total) / sum(len(example.reply_ids) for example in examples)
 
@@ -294,8 +335,13 @@ def stopped_early(trainer: Trainer) -> bool:
 def _write_samples(trainer: Trainer) -> None:
     """Write the model's answers to its few prompts; the main process does it alone, while the others go on."""
     if trainer.metrics is not None and trainer.sampler is not None:
-        with trainer.accelerator.autocast():
-            samples = trainer.sampler.answer(trainer.model)
+        try:
+            with trainer.accelerator.autocast():
+                samples = trainer.sampler.answer(trainer.model, trainer.samples_at_once)
+        except OutOfMemory as full:
+            trainer.sampler = None
+            trainer.report(f"  no samples: {full}")
+            return
         trainer.metrics.write_samples(trainer.progress.step, samples)
         trainer.report(f"  says: {excerpt(samples[0].predict, 110)}")
 
@@ -319,38 +365,6 @@ def best_checkpoint(trainer: Trainer) -> Path:
     if newest is None:
         raise EnvironmentFault(f"No checkpoint in {trainer.run} is complete any more; was the folder changed?")
     return newest
-
-
-def updates_per_epoch(conversations: int, train_batch_size: int) -> int:
-    """Updates in one pass; the last one of a pass may be smaller."""
-    return math.ceil(conversations / train_batch_size)
-
-
-def total_updates(conversations: int, train_batch_size: int, epochs: float) -> int:
-    """Updates of the whole run, at least one; a part of an epoch counts by the updates it fills."""
-    return max(1, round(epochs * updates_per_epoch(conversations, train_batch_size)))
-
-
-def conversations_of(update: int, conversations: int, train_batch_size: int, seed: int) -> Sequence[int]:
-    """Indices of the conversations that update number `update` learns from, counted from 0."""
-    epoch, place = divmod(update, updates_per_epoch(conversations, train_batch_size))
-    return _order(epoch, conversations, seed)[place * train_batch_size : (place + 1) * train_batch_size]
-
-
-@lru_cache(maxsize=1)  # every update of an epoch asks for the same
-def _order(epoch: int, conversations: int, seed: int) -> tuple[int, ...]:
-    order = list(range(conversations))
-    random.Random(f"order {seed} {epoch}").shuffle(order)
-    return tuple(order)
-
-
-def rate_factor(step: int, total: int, warmup_ratio: float, kind: str) -> float:
-    """Share of the peak learning rate at update `step` of `total`, counted from 0; never 0, so that each one learns."""
-    warmup = min(math.ceil(warmup_ratio * total), total - 1)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / (total - warmup)
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[kind]
 
 
 def trained_weights(model: Any) -> list[nn.Parameter]:

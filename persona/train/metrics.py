@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from torch.utils.tensorboard import SummaryWriter
 
 from persona.engine.fused import unpacked
+from persona.engine.memory import Limit, answer_all
 from persona.model.dataset import Dataset
 from persona.model.loading import stop_ids
 from persona.model.render import ChatFormat
@@ -108,17 +109,24 @@ class Sampler:
     """The ids of each prompt, its last message, and the author's reply."""
     max_new_tokens: int
 
-    def answer(self, model: Any) -> list[Sample]:
-        """The replies of `model` now."""
+    def answer(self, model: Any, limit: Limit) -> list[Sample]:
+        """The replies of `model` now, `limit` at a time; raises `OutOfMemory` if even a single one does not fit."""
         replies: dict[int, tuple[str, bool]] = {}
 
         def done(number: int, ids: tuple[int, ...], ended: bool) -> None:
             replies[number] = text_of(ids, self.fmt), ended
 
-        prompts = [ids for ids, _, _ in self.exchanges]
+        def left() -> list[int]:
+            return [number for number in range(len(self.exchanges)) if number not in replies]
+
+        def ask(numbers: list[int], at_once: int) -> None:
+            prompts = [self.exchanges[number][0] for number in numbers]
+            how = greedy(self.max_new_tokens)
+            generate(model, prompts, stops, how, at_once, LOOSE, lambda n, ids, ended: done(numbers[n], ids, ended))
+
         stops = stop_ids(model, self.fmt.end_id, self.fmt.tokenizer)
         with unpacked(model):
-            generate(model, prompts, stops, greedy(self.max_new_tokens), len(prompts), LOOSE, done)
+            answer_all(ask, left, limit, model.device)
         exchanges = enumerate(self.exchanges)
         return [
             Sample(asked, replies[number][0], target, replies[number][1]) for number, (_, asked, target) in exchanges

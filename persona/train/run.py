@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from persona.config import Config, dump_config
 from persona.console import GREEN, GREY, duration, excerpt, painted, safe, table
+from persona.engine.memory import Full, attempt
 from persona.engine.trial import keep_rows, prepare_layout
 from persona.errors import UsageError
 from persona.files import JsonObject, write_json, write_text
@@ -45,6 +46,7 @@ from persona.train.loop import (
     stopped_early,
     trained_weights,
 )
+from persona.train.memory import limits_of
 from persona.train.metrics import MetricsWriter, choose_samples, perplexity
 from persona.train.run_folder import (
     check_same,
@@ -52,14 +54,16 @@ from persona.train.run_folder import (
     log_folder,
     next_commands,
     open_run,
+    read_fitted,
     read_identity,
     set_aside,
 )
 from persona.train.verdict import as_text, of_training
 
 MEMORY_ADVICE = (
-    "Lower training.max_tokens_per_pack and evaluation.max_tokens_per_pack (they never change what is learned), set "
-    "training.gradient_checkpointing to true, and run the same command again to continue; or take a smaller model."
+    "This is not about packs, which are halved by themselves. Close other programs that use this memory, and run the "
+    "same command again to continue; or start over with --resume never and quantization.load_in_4bit true, "
+    "training.optim adamw_8bit, a smaller lora.r, or a smaller model."
 )
 
 
@@ -104,7 +108,9 @@ def finetune(
 def _finetune(
     config: Config, run: Path, report: Callable[[str], None], devices: Devices, observers: Sequence[Observer]
 ) -> Path:
-    earlier, (checkpoint, passed_over) = devices.on_main(lambda: (read_identity(run), latest_checkpoint(run)))
+    earlier, fitted, (checkpoint, passed_over) = devices.on_main(
+        lambda: (read_identity(run), read_fitted(run, dump_config(config)), latest_checkpoint(run))
+    )
     day = date.fromisoformat(earlier["date"]) if earlier and checkpoint else date.today()
     material = prepare(config, day)
     device = choose_device(config.model.device)
@@ -126,6 +132,15 @@ def _finetune(
     model = _load_model(material, identity["base"]["name"], precision, accelerator, devices)
     unshared = _agreed_layout(model, material, accelerator, devices)
     devices.own_random_numbers(config.seed)
+    identity |= {"fitted": fitted} if fitted else {}
+
+    def remember(line: str) -> None:
+        report(line)
+        identity["fitted"] = {limit.setting: limit.size for limit in limits if limit.halved}
+        if devices.main:
+            write_json(run / "run.json", identity)
+
+    limits = limits_of(config, fitted, remember)
     samples = config.evaluation.sample_prompts if devices.main and not devices.sharded else 0
     kept = progress.history_bytes, progress.sample_bytes, progress.step
     with closing(MetricsWriter(run, log_folder(run), *kept)) if devices.main else nullcontext() as metrics:
@@ -145,6 +160,9 @@ def _finetune(
             observers=(log_update, *observers),
             sampler=choose_samples(material.held_out, material.fmt, samples, config.generation.max_new_tokens),
             devices=devices,
+            packs=limits[0],
+            held_out_packs=limits[1],
+            samples_at_once=limits[2],
         )
         if devices.main:
             write_text(run / "config.json", dump_config(config))
@@ -256,6 +274,8 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
         ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
     ]  # fmt: skip
     notes = [*material.notes, *filter(None, [unused_gpu(config.model.device, trainer.device)])]
+    limits = (trainer.packs, trainer.held_out_packs, trainer.samples_at_once)
+    notes += [f"{limit.unit.format(limit.size)}, since the memory was full before" for limit in limits if limit.halved]
     if trainer.devices.sharded and config.evaluation.sample_prompts and held_out.records:
         notes.append("no samples during training: no process can speak with its part of the base alone")
     return "\n".join([table(rows), *(f"  note: {note}" for note in notes)])
@@ -289,6 +309,9 @@ def _finish(
     write_json(run / "run.json", identity | {"counts": {"data": counts}, "summary": facts, "verdict": verdict})
     report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
+    for limit in (trainer.packs, trainer.held_out_packs, trainer.samples_at_once):
+        if limit.halved:
+            report(f"  The memory was full: set {limit.setting} to {limit.size} in the settings (now {limit.asked}).")
     if not trainer.devices.sharded:  # this process alone cannot compute with its part of the model
         report(_spoken_once(material, trainer, persona))
     report(f"Verdict:\n{as_text(findings)}\n")
@@ -319,5 +342,7 @@ def _spoken_once(material: Material, trainer: Trainer, persona: Persona) -> str:
     trainer.model.eval()
     speaker = Speaker(trainer.model, material.fmt, config.generation, config.data.max_length, persona, "adapter")
     with trainer.accelerator.autocast():
-        reply = speaker.reply(question, lambda _: None)
+        reply = attempt(lambda: speaker.reply(question, lambda _: None), trainer.device)
+    if isinstance(reply, Full):
+        return f"\n  The memory is full for a reply here ({reply.reason}); the adapter is whole. Try test_model.py.\n"
     return f"\n  asked: {safe(question[-1]['content'])}\n  says:  {safe(reply)}\n"

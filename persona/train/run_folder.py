@@ -110,6 +110,15 @@ def read_identity(run: Path) -> JsonObject | None:
     raise UsageError(f"{path}: expected a date and the objects {', '.join(objects)}. {_START_OVER}.")
 
 
+def read_fitted(run: Path, settings: str) -> JsonObject:
+    """The sizes that an earlier start with the same `settings` had to go down to, by the names of their settings."""
+    file = run / "config.json"
+    if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != settings:
+        return {}
+    fitted = (read_identity(run) or {}).get("fitted")
+    return fitted if isinstance(fitted, dict) else {}
+
+
 def identity_of(config: Config, base: Path, system: str | None, day: date, resolved: dict[str, str]) -> JsonObject:
     """Everything that must be the same when a run is continued, and the versions it was made with.
 

@@ -22,6 +22,7 @@ from making.packs import (
     measured,
     packed_result,
     plain_loss,
+    tokens,
     with_adapter,
 )
 from making.tiny import family, model, save_model
@@ -151,7 +152,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens(share, size):
     with torch.no_grad():
         total = sum(plain_loss(plain("qwen2"), example).item() for example in examples)
     accelerator = SimpleNamespace(autocast=nullcontext, device=CPU)
-    found = mean_loss(tuned, conversations, size, accelerator, share)
+    found = mean_loss(tuned, conversations, tokens(size), accelerator, share)
     assert found == pytest.approx(total / sum(len(example.reply_ids) for example in examples), rel=LOSS)
     assert tuned.training
 

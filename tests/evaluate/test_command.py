@@ -10,10 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 from making.evaluations import stored
+from making.packs import tokens
 from making.runs import config, conversations, write_jsonl
 
+import persona.evaluate.loaded
 from persona.config import dump_config
-from persona.errors import DataError, UsageError
+from persona.errors import DataError, OutOfMemory, UsageError
 from persona.evaluate import command
 from persona.evaluate import loaded as loaded_module
 from persona.evaluate.blind.command import compare_blindly
@@ -112,6 +114,29 @@ def test_predictions_are_in_the_files_order_whatever_the_batch(home, tmp_path):
     assert [one.predict for one in tuned] != [one.predict for one in base]
 
 
+def test_when_the_memory_is_full_replies_are_written_in_halves(home, tmp_path, monkeypatch):
+    command.run_predict(subject_of(output=tmp_path / "whole"), False, 4, lambda _: None)
+    write, sizes, room = persona.evaluate.loaded.reply_to_all, [], 2
+
+    def small(speaker, prompts, decoding, batch_size, *rest):
+        sizes.append(batch_size)
+        if batch_size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return write(speaker, prompts, decoding, batch_size, *rest)
+
+    monkeypatch.setattr(persona.evaluate.loaded, "reply_to_all", small)
+    said, report = lines()
+    command.run_predict(subject_of(output=tmp_path / "halves"), False, 4, report)
+    assert sizes == [4, 2, 2]
+    assert "going on with 2 replies at a time (--batch-size is 4)" in said[0]
+    for name in ("predictions.json", "predictions_base.json"):
+        assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+    room = 0
+    with pytest.raises(OutOfMemory, match=r"with a single reply\. Lower data\.max_length"):
+        command.run_predict(subject_of(output=tmp_path / "none"), False, 4, report)
+
+
 def test_finished_replies_are_not_generated_again(home, tmp_path, monkeypatch):
     command.run_predict(subject_of(output=tmp_path), False, 4, lambda _: None)
     before = (tmp_path / "predictions.json").read_bytes()
@@ -136,7 +161,7 @@ def test_rounding_is_measured_once_for_a_model_and_a_device(home, tmp_path, monk
     for size in (4, 1):
         command.run_predict(subject_of(output=tmp_path), False, size, lambda _: None)
     assert [one.margin for one in measured] == [LEAST]
-    loaded = load(subject_of(output=tmp_path), False, 4, silent, writes=True)
+    loaded = load(subject_of(output=tmp_path), False, 4, silent, writes=True, report=print)
     assert loaded.kept_rounding() == measured[0]
     for spoiled in ("", "[]", "{}", path.read_text("utf-8").replace("torch 2", "torch 1")):
         path.write_text(spoiled, encoding="utf-8")
@@ -149,7 +174,7 @@ def test_rounding_is_measured_once_for_a_model_and_a_device(home, tmp_path, monk
 
 
 def test_base_and_tuned_are_one_model_and_the_adapter_is_put_back(home):
-    loaded = load(subject_of(), False, 4, silent, writes=True)
+    loaded = load(subject_of(), False, 4, silent, writes=True, report=print)
     held_out = loaded.subject.held_out
     first, second = (score(loaded, [held_out], silent)[0] for _ in range(2))
     assert first == second
@@ -160,8 +185,8 @@ def test_on_a_cpu_it_writes_in_float32_and_scores_as_it_was_trained(home):
     subject = subject_of()
     training = subject.config.training.model_copy(update={"precision": "bf16"})
     subject = replace(subject, config=subject.config.model_copy(update={"training": training}))
-    assert load(subject, False, 2, silent, writes=True).precision == "fp32"
-    assert load(subject, False, 2, silent, writes=False).precision == "bf16"
+    assert load(subject, False, 2, silent, writes=True, report=print).precision == "fp32"
+    assert load(subject, False, 2, silent, writes=False, report=print).precision == "bf16"
 
 
 def test_a_matrix_of_two_runs_has_its_lowest_figures_on_the_diagonal(home, tiny_model, tmp_path):
@@ -181,7 +206,7 @@ def test_a_matrix_of_two_runs_has_its_lowest_figures_on_the_diagonal(home, tiny_
     finetune(made, True, lambda _: None)
     control = write_jsonl(tmp_path / "neutral.jsonl", conversations(3))
     subjects = [subject_of(), subject_of(made.training.output_dir)]
-    found = matrix(subjects, read_controls([control]), False, silent)
+    found = matrix(subjects, read_controls([control]), False, silent, print)
     assert found.models == ("tiny", "tiny", "base")
     rows = found.perplexity
     assert len(rows) == 3
@@ -400,13 +425,13 @@ def test_the_help_of_a_verb_has_the_options_that_it_takes_and_no_other(monkeypat
 
 
 def test_a_model_that_is_broken_is_said_to_be(home, fmt_examples):
-    loaded = load(subject_of(), False, 4, silent, writes=True)
+    loaded = load(subject_of(), False, 4, silent, writes=True, report=print)
     with torch.no_grad():
         loaded.speaker.model.get_output_embeddings().weight.fill_(float("nan"))
     from persona.errors import Diverged
 
     with pytest.raises(Diverged, match="not finite"):
-        example_losses(loaded.speaker.model, fmt_examples(loaded), 512, "fp32", False)
+        example_losses(loaded.speaker.model, fmt_examples(loaded), tokens(512), "fp32", False)
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from making.packs import tokens
 from making.runs import conversations, write_jsonl
 from making.tiny import family, model
 from scipy import stats
 
+import persona.evaluate.perplexity
 from persona.config import Lora
 from persona.engine.attention import NAME
 from persona.engine.loss import negative_log_likelihood, token_losses
@@ -85,9 +87,9 @@ def test_it_is_the_plain_loop_whatever_the_layout(architecture, fmt, dataset):
     shared = []
     for size in (1, 300, 4096):
         for rows in (True, False):
-            with shared_beginnings(made, dataset.examples, size, "fp32") as share:
+            with shared_beginnings(made, dataset.examples, tokens(size), "fp32") as share:
                 shared.append(share)
-                losses = conversation_losses(made, dataset, size, "fp32", share and not rows, silent)
+                losses = conversation_losses(made, dataset, tokens(size), "fp32", share and not rows, silent)
             assert losses.tuned == pytest.approx(right, rel=1e-5)
             assert losses.base == pytest.approx(right_base, rel=1e-5)
     assert shared == [architecture in ("llama", "qwen3")] * 6
@@ -96,27 +98,27 @@ def test_it_is_the_plain_loop_whatever_the_layout(architecture, fmt, dataset):
 
 def test_it_is_the_loss_that_training_measures(fmt, dataset):
     made = adapted(fmt)
-    losses = conversation_losses(made, dataset, 512, "fp32", False, silent)
-    tokens = sum(len(example.reply_ids) for example in dataset.examples)
-    trained = mean_loss(made, dataset.conversations, 300, Accelerator(cpu=True), False)
-    assert sum(losses.tuned) / tokens == pytest.approx(trained, rel=1e-5)
+    losses = conversation_losses(made, dataset, tokens(512), "fp32", False, silent)
+    supervised = sum(len(example.reply_ids) for example in dataset.examples)
+    trained = mean_loss(made, dataset.conversations, tokens(300), Accelerator(cpu=True), False)
+    assert sum(losses.tuned) / supervised == pytest.approx(trained, rel=1e-5)
 
 
 def test_in_bfloat16_it_is_the_loss_that_training_measures_too(fmt, dataset):
     made = adapted(fmt)
     made.get_base_model().to(torch.bfloat16)
     accelerator = Accelerator(cpu=True)
-    ours = sum(example_losses(made, dataset.examples, 300, "bf16", False))
+    ours = sum(example_losses(made, dataset.examples, tokens(300), "bf16", False))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        trained = mean_loss(made, dataset.conversations, 300, accelerator, False)
+        trained = mean_loss(made, dataset.conversations, tokens(300), accelerator, False)
     assert ours / sum(len(example.reply_ids) for example in dataset.examples) == pytest.approx(trained, rel=1e-5)
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_fresh_adapter_changes_nothing(fmt, dataset, file, share):
     made = adapted(fmt, fresh=True)
-    with shared_beginnings(made, dataset.examples, 2048, "fp32") as can:
-        losses = conversation_losses(made, dataset, 2048, "fp32", share and can, silent)
+    with shared_beginnings(made, dataset.examples, tokens(2048), "fp32") as can:
+        losses = conversation_losses(made, dataset, tokens(2048), "fp32", share and can, silent)
     found = score_of(file, "held_out", dataset, losses, 0, "fp32")
     assert found.score.base is not None
     assert found.score.tuned.perplexity.value == pytest.approx(found.score.base.perplexity.value, rel=1e-6)
@@ -125,12 +127,12 @@ def test_a_fresh_adapter_changes_nothing(fmt, dataset, file, share):
 
 
 def test_the_figures_are_what_they_say(fmt, dataset, file):
-    losses = conversation_losses(adapted(fmt), dataset, 2048, "fp32", False, silent)
+    losses = conversation_losses(adapted(fmt), dataset, tokens(2048), "fp32", False, silent)
     found = score_of(file, "control", dataset, losses, 0, "fp32")
-    tokens = sum(len(example.reply_ids) for example in dataset.examples)
+    supervised = sum(len(example.reply_ids) for example in dataset.examples)
     characters = sum(len(m["content"]) for r in dataset.records for m in r.turns if m["role"] == "assistant")
-    assert (found.tokens, found.characters, found.conversations) == (tokens, characters, 9)
-    assert found.score.tuned.perplexity.value == pytest.approx(math.exp(sum(losses.tuned) / tokens))
+    assert (found.tokens, found.characters, found.conversations) == (supervised, characters, 9)
+    assert found.score.tuned.perplexity.value == pytest.approx(math.exp(sum(losses.tuned) / supervised))
     bits = sum(losses.tuned) / math.log(2) / characters
     assert found.score.tuned.bits_per_character.value == pytest.approx(bits)
     assert found.ratio is not None
@@ -150,14 +152,40 @@ def test_what_both_sides_find_hard_does_not_widen_the_ratio(dataset, file):
 
 
 def test_without_an_adapter_there_is_one_side(fmt, dataset, file):
-    losses = conversation_losses(model("llama", len(fmt.tokenizer)), dataset, 2048, "fp32", False, silent)
+    losses = conversation_losses(model("llama", len(fmt.tokenizer)), dataset, tokens(2048), "fp32", False, silent)
     found = score_of(file, "held_out", dataset, losses, 0, "fp32")
     assert (losses.base, found.score.base, found.ratio) == (None, None, None)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_when_the_memory_is_full_the_rest_is_measured_in_halves(fmt, dataset, share, monkeypatch):
+    made, said, sizes = adapted(fmt), [], []
+    measured = persona.evaluate.perplexity.token_losses
+
+    def small(model, packed):
+        sizes.append(packed.input_ids.numel())
+        if len(sizes) > 1 and sizes[-1] > 250:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return measured(model, packed)
+
+    with shared_beginnings(made, dataset.examples, tokens(500), "fp32") as can:
+        assert can
+        right = conversation_losses(made, dataset, tokens(500), "fp32", share, silent)
+        monkeypatch.setattr(persona.evaluate.perplexity, "token_losses", small)
+        told, limit = [], tokens(500, said)
+        losses = conversation_losses(made, dataset, limit, "fp32", share, lambda *values: told.append(values[0]))
+    assert max(sizes) > 250
+    assert len(said) == 1
+    assert limit.size == 250
+    assert losses.tuned == pytest.approx(right.tuned, rel=1e-5)
+    assert losses.base == pytest.approx(right.base, rel=1e-5)
+    assert told == sorted(told)
+    assert told[-1] == 2 * len(dataset.examples)
+
+
 def test_progress_reaches_the_end(fmt, dataset):
     said = []
-    conversation_losses(adapted(fmt), dataset, 300, "fp32", False, lambda *values: said.append(values))
+    conversation_losses(adapted(fmt), dataset, tokens(300), "fp32", False, lambda *values: said.append(values))
     total = 2 * len(dataset.examples)
     assert said[0] == (0, total, None)
     assert said[-1] == (total, total, 0)
@@ -229,7 +257,7 @@ def test_a_share_stays_a_share():
 
 
 def test_a_file_keeps_its_name_and_hash(fmt, dataset, file):
-    losses = conversation_losses(adapted(fmt), dataset, 2048, "fp32", False, silent)
+    losses = conversation_losses(adapted(fmt), dataset, tokens(2048), "fp32", False, silent)
     other = Path(file.parent / "灯 塔.jsonl")
     other.write_bytes(file.read_bytes())
     one, two = (score_of(path, "held_out", dataset, losses, 0, "fp32") for path in (file, other))

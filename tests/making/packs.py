@@ -10,6 +10,7 @@ from making.tiny import family
 
 from persona.config import Lora
 from persona.engine.loss import negative_log_likelihood
+from persona.engine.memory import Limit
 from persona.engine.packing import pack, plan_packs
 from persona.model.loading import add_adapter
 from persona.model.render import Example, chat_format, render
@@ -31,6 +32,14 @@ TALKS = [
     talk("你是谁？", "我是灯塔的看守人。"),
     talk("What do you do all night?", "Count the ships that answer, and the ones that do not."),
 ]
+
+
+def tokens(size, said=None):
+    """A limit of packs of `size` tokens, which appends its lines to the list `said`."""
+    report = print if said is None else said.append
+    return Limit(
+        "evaluation.max_tokens_per_pack", size, size, 16, "packs of {} tokens", "Take a smaller model.", report
+    )
 
 
 def rendered(name):

@@ -63,6 +63,23 @@ def test_one_answer(capsys, speaker):
     assert capsys.readouterr().out == LINE + "\n"
 
 
+def test_a_full_memory_is_said_and_the_chat_goes_on(monkeypatch, capsys, speaker):
+    generate, turns = type(speaker)._generate, []
+
+    def small(self, prompt, streamer):
+        turns.append(len(prompt))
+        if len(turns) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return generate(self, prompt, streamer)
+
+    monkeypatch.setattr(type(speaker), "_generate", small)
+    typed(monkeypatch, speaker, "Who are you? (0)", "And now?", "/reset", "Who are you? (0)")
+    out = capsys.readouterr().out
+    assert out.count(LINE) == 2
+    assert "The memory is full (CUDA out of memory. Tried to allocate 2.00 GiB.) with 3 messages" in out
+    assert "Type /reset to begin again." in out
+
+
 def test_base_switches_the_adapter_off_and_on(monkeypatch, capsys, speaker):
     typed(monkeypatch, speaker, "/base", "Who are you? (0)", "/reset", "/base", "Who are you? (0)")
     out = capsys.readouterr().out

@@ -208,6 +208,7 @@ def test_a_base_that_is_shared_out_learns_the_same_in_16_and_in_4_bits(tmp_path,
     assert "2 of cpu sharing out the base in fp32" in said[0]
     assert "Another process of this run has ended" in faults[0]
     assert "no memory left" in faults[1]
+    assert "set training.max_tokens_per_pack to 50 (now 100)" in faults[1]
     assert "Traceback" not in "".join(faults)
     assert_same_learning(tmp_path / "outputs" / "shared", whole)
 
@@ -219,6 +220,54 @@ def test_a_base_that_is_shared_out_learns_the_same_in_16_and_in_4_bits(tmp_path,
     assert "Continuing after update 4 " in done.stdout
     assert "no samples during training" in done.stdout
     assert_same_learning(tmp_path / "outputs" / "cut-4bit", whole_4bit)
+
+
+# The memory of the second process, which prints nothing, holds packs of 125 tokens
+FULL = """
+from pathlib import Path
+
+import torch
+
+import persona.train.loop
+from persona.console import run_script
+from persona.train.devices import joined
+
+compute = persona.train.loop.negative_log_likelihood
+
+
+def main():
+    with joined() as devices:
+        from persona.config import load_config
+        from persona.train.run import finetune
+
+        def small(model, packed):
+            loss = compute(model, packed)
+            if devices.rank == 1 and model.training and packed.input_ids.numel() > 125:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return loss
+
+        persona.train.loop.negative_log_likelihood = small
+        persona.train.loop.TRIED_ON = ("cpu",)
+        finetune(load_config(Path("run.json"), []), True, print, devices)
+
+
+run_script(main)
+"""
+
+
+def test_one_process_with_a_full_memory_halves_the_packs_of_all(tmp_path, tiny_model):
+    training = {"num_train_epochs": 2, "train_batch_size": 8, "max_tokens_per_pack": 240}
+    made = write_settings(tmp_path, tiny_model, lora={"lora_dropout": 0}, training=training)
+    whole = finetune(made, True, lambda _: None).parent
+    write_settings(tmp_path, tiny_model, lora={"lora_dropout": 0}, training=training | {"output_dir": "outputs/two"})
+    (tmp_path / "full.py").write_text(FULL, encoding="utf-8")
+    codes, said, faults = Pair("full.py").ended()
+    assert codes == [0, 0], faults
+    assert "The memory is full (in another process): going on with packs of 120 tokens" in said[0]
+    assert said[1] == ""
+    two = tmp_path / "outputs" / "two"
+    assert json.loads((two / "run.json").read_text(encoding="utf-8"))["fitted"] == {"training.max_tokens_per_pack": 120}
+    assert_same_learning(two, whole)
 
 
 def test_a_mistake_is_said_once_and_all_end_with_its_code(tmp_path, tiny_model):

@@ -206,7 +206,7 @@ def test_the_held_out_loss_is_weighted_by_tokens(tmp_path, tiny_model):
         total -= chosen.sum().item()
         tokens += len(example.reply_ids)
     model.set_attn_implementation(NAME)
-    ours = mean_loss(model, held_out.conversations, 300, Accelerator(cpu=True), True)
+    ours = mean_loss(model, held_out.conversations, tokens(300), Accelerator(cpu=True), True)
     assert ours == pytest.approx(total / tokens, rel=1e-5)
     assert metrics(run)[0]["eval/loss"] == pytest.approx(total / tokens, rel=1e-5)
 

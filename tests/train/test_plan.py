@@ -2,7 +2,7 @@
 
 import random
 
-from persona.train.loop import conversations_of, updates_per_epoch
+from persona.train.schedule import conversations_of, updates_per_epoch
 
 
 def epoch(number, count=50, batch=8, seed=0):
