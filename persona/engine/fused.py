@@ -21,6 +21,7 @@ from torch import nn
 KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROWS = 512  # of a norm at a time on a CPU: float32 copies in one piece left holes of 0.2 GiB in a benchmark's 2.7
 FEW = 64
+DROPOUT_UNIT = 2**16  # a share of dropout is rounded to a multiple of 1 / 65,536
 _UNPACKED = "weight_unpacked"  # attribute of a 4-bit layer
 
 
@@ -52,7 +53,8 @@ def _is_plain_lora(module: Any) -> bool:
         return False
     (a,), (b,) = module.lora_A.values(), module.lora_B.values()
     is_linear = type(module.base_layer) is nn.Linear or type(module.base_layer).__name__ == "Linear4bit"
-    return is_linear and a.bias is None and b.bias is None
+    plain_dropout = all(isinstance(drop, nn.Dropout | nn.Identity) for drop in module.lora_dropout.values())
+    return is_linear and plain_dropout and a.bias is None and b.bias is None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -69,9 +71,8 @@ def _adapted(module: Any, without: Any, x: torch.Tensor, *args: Any, **options: 
     if _is_decoding(module, x):
         low = x @ a.weight.to(x.dtype).T
         return torch.add(module.base_layer(x), low @ b.weight.to(x.dtype).T, alpha=module.scaling[name])
-    dropped = module.lora_dropout[name](x)
-    again = getattr(x, "again", None) if dropped is x else None
-    y: Any = _Adapted.apply(x, dropped, a.weight, b.weight, module.base_layer, module.scaling[name], again)
+    factors, drawn = getattr(x, "factors", (None, None)), _drawn(module.lora_dropout[name])
+    y: Any = _Adapted.apply(x, *factors, a.weight, b.weight, module.base_layer, module.scaling[name], *drawn)
     return y
 
 
@@ -82,44 +83,76 @@ def _is_decoding(module: Any, x: torch.Tensor) -> bool:
 
 
 class _Adapted(torch.autograd.Function):
-    """W x + bias + scale B A d, where d is x or x after dropout (LoRA, arXiv 2106.09685); `again` computes d again."""
+    """W x + bias + scale B A d, where d is x after dropout (LoRA, arXiv 2106.09685).
+
+    x is not kept if it is silu(gate) up, nor is d: both are computed again in the backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        d: torch.Tensor,
+        gate: torch.Tensor | None,
+        up: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         base: Any,
         scale: float,
-        again: Any,
+        share: int,
+        seed: int,
     ) -> torch.Tensor:
         a, b, rows = a.to(x.dtype), b.to(x.dtype), x.flatten(0, -2)
+        scale = scale / (1 - share / DROPOUT_UNIT)
+        d = _mask(x, share, seed).mul_(x) if share else x
         low = d.flatten(0, -2) @ a.T
+        del d
         y = F.linear(rows, _frozen(base, x.dtype), None if base.bias is None else base.bias.to(x.dtype))
         y.addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(None if again else d, low, a, b)
-        ctx.base, ctx.scale, ctx.dropped, ctx.again = base, scale, d is not x, again
+        # saved, and not held by `ctx`: activation checkpointing frees only saved tensors
+        ctx.save_for_backward(x if gate is None else None, gate, up, low, a, b)
+        ctx.base, ctx.scale, ctx.share, ctx.seed = base, scale, share, seed
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        d, low, a, b = ctx.saved_tensors
-        if ctx.again:
-            d, ctx.again = ctx.again(), None
-        grad = grads[0].to(d.dtype).flatten(0, -2)
+        x, gate, up, low, a, b = ctx.saved_tensors
+        x = _product(gate, up) if x is None else x
+        d = x
+        grad = grads[0].to(x.dtype).flatten(0, -2)
         grad_low = (grad @ b).mul_(ctx.scale)
-        grad_x = grad_d = None
+        mask = _mask(x, ctx.share, ctx.seed) if ctx.share else None
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _frozen(ctx.base, d.dtype)
-            if not ctx.dropped:
+            grad_x = grad @ _frozen(ctx.base, x.dtype)
+            if mask is None:
                 grad_x.addmm_(grad_low, a)
-            grad_x = grad_x.view(d.shape)
-        if ctx.dropped and ctx.needs_input_grad[1]:
-            grad_d = (grad_low @ a).view(d.shape)
+            else:
+                grad_x.addcmul_(grad_low @ a, mask.flatten(0, -2))
+            grad_x = grad_x.view(x.shape)
+        if mask is not None:
+            d = mask.mul_(x)
         grad_b = (grad.T @ low).mul_(ctx.scale)
-        return grad_x, grad_d, grad_low.T @ d.flatten(0, -2), grad_b, None, None, None
+        return grad_x, None, None, grad_low.T @ d.flatten(0, -2), grad_b, None, None, None, None
+
+
+def _drawn(dropout: Any) -> tuple[int, int]:
+    """How many of `DROPOUT_UNIT` numbers to drop, and the seed of the mask; the seed comes from torch's random state.
+
+    It is that of the CPU on a GPU too: a number of the GPU's would have to be waited for.
+    """
+    share = round(dropout.p * DROPOUT_UNIT) if isinstance(dropout, nn.Dropout) and dropout.training else 0
+    return min(share, DROPOUT_UNIT - 1), int(torch.empty((), dtype=torch.int64).random_()) if share else 0
+
+
+def _mask(x: torch.Tensor, share: int, seed: int) -> torch.Tensor:
+    """1 for each number of `x` that is kept and 0 for each that is dropped, in the dtype of `x`."""
+    chance = torch.Generator("cpu" if x.is_meta else x.device).manual_seed(seed)
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.device.type != "cpu":
+        return mask.bernoulli_(1 - share / DROPOUT_UNIT, generator=chance)
+    # on a CPU bernoulli_ takes five times as long as four numbers of 16 bits in one and a comparison
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=chance)
+    return torch.ge(numbers.view(torch.int16)[: x.numel()].view(x.shape), share - DROPOUT_UNIT // 2, out=mask)
 
 
 def _frozen(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -173,6 +206,10 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        if _has_kernel(x, weight):
+            out, scale = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, epsilon)
+            ctx.save_for_backward(x, scale, weight)
+            return out
         scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
         out = torch.empty(x.shape, dtype=torch.result_type(x, weight), device=x.device)
         for rows, factor, into in _few_rows(x, scale, out):
@@ -185,12 +222,20 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, scale, weight = ctx.saved_tensors
+        if _has_kernel(x, weight):
+            kernel = torch.ops.aten._fused_rms_norm_backward
+            return kernel(grads[0], x, x.shape[-1:], scale, weight, [True, False])[0], None, None
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for rows, received, factor, into in _few_rows(x, grads[0], scale, out):
             normed, grad = rows.float() * factor, (received * weight).float()
             along = (grad * normed).mean(-1, keepdim=True)
             into.copy_((grad - normed.mul_(along)).mul_(factor))
         return out, None, None
+
+
+def _has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch computes the norm of `x` and its gradient in one kernel each, which take tensors of one dtype."""
+    return x.device.type != "cpu" and x.dtype == weight.dtype
 
 
 def _few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -203,7 +248,7 @@ def _few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
     gate, up = module.gate_proj(x), module.up_proj(x)
     product: Any = _Product.apply(gate, up)
-    product.again = partial(_product, gate.detach(), up.detach())  # it would be a fifth of all kept tensors
+    product.factors = gate.detach(), up.detach()  # the product would be a fifth of all kept tensors
     return module.down_proj(product)
 
 

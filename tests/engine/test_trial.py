@@ -1,6 +1,5 @@
 """Who may be given prefix trees, and the trial before the first update: what it finds, and that it leaves no trace."""
 
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -12,12 +11,11 @@ from making import runs
 from making.packs import attended, cases, with_adapter
 from making.tiny import family, model, save_model
 
-from persona.config import Lora, Quantization
+from persona.config import Lora
 from persona.engine import fused, packing
-from persona.engine import loss as loss_module
 from persona.engine.attention import NAME, tree_attention
 from persona.engine.trial import difference, prepare_layout, trial_examples, why_not
-from persona.model.loading import add_adapter, load_base
+from persona.model.loading import add_adapter
 from persona.train.run import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,114 +214,6 @@ def test_autocast_leaves_the_scores_in_float32(dtype, monkeypatch):
         assert [x.dtype for x in results] == [torch.float32] * 2 * len(tree)
         out.sum().backward()
     assert [x.dtype for x in results] == [torch.float32] * 4 * len(tree)
-
-
-# --- fused layers ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_fused_layers_compute_what_the_libraries_do(tmp_path, precision, bits, dropout):
-    folder = save_model(tmp_path / "qwen2", "qwen2", family("chatml_default"))
-    base = load_base(folder, Quantization(load_in_4bit=bits == 4), precision, torch.device("cpu"))
-    tuned = with_adapter(base)
-    for module in tuned.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
-    ids = torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(0))
-    results = []
-    for put in (fused.unfuse, fused.fuse):
-        put(tuned)
-        tuned.zero_grad()
-        torch.manual_seed(3)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = tuned(input_ids=ids, labels=ids).loss
-        loss.backward()
-        results.append((loss.item(), [w.grad.clone() for w in tuned.parameters() if w.requires_grad]))
-    rounding = 2e-6 if precision == "fp32" else 0.05
-    assert results[1][0] == pytest.approx(results[0][0], rel=rounding)
-    for right, found in zip(results[0][1], results[1][1], strict=True):
-        assert right.norm() > 0
-        assert (found - right).norm() <= 5 * rounding * right.norm()
-
-
-@pytest.mark.parametrize("bits", [4, 16])
-def test_all_of_a_known_model_is_fused(tmp_path, bits):
-    folder = save_model(tmp_path / "qwen3", "qwen3", family("chatml_default"))
-    tuned = with_adapter(load_base(folder, Quantization(load_in_4bit=bits == 4), "fp32", torch.device("cpu")))
-    fused.fuse(tuned)
-    kinds = Counter(vars(module)["forward"].func.__name__ for module in tuned.modules() if "forward" in vars(module))
-    # two layers of 7 linear ones and 4 norms (two of them on queries and keys), and the norm at the end
-    assert kinds == {"_adapted": 14, "_norm": 9, "_gated": 2}
-
-
-def test_a_norm_computed_in_parts_is_that_of_transformers(monkeypatch):
-    monkeypatch.setattr(fused, "ROWS", 7)
-    made = model("llama")
-    norm = made.model.norm
-    with torch.no_grad():
-        norm.weight.normal_()
-    norm.weight.requires_grad_(False)
-    x = torch.randn(2, 25, made.config.hidden_size)
-    results = []
-    for forward in (norm, lambda rows: fused._norm(norm, rows)):
-        rows = x.clone().requires_grad_()
-        out = forward(rows)
-        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
-        results.append((out, rows.grad))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    assert fused._norm(norm, x.bfloat16()).dtype == norm(x.bfloat16()).dtype == torch.float32
-
-
-def test_a_loss_made_in_parts_is_that_of_the_whole(monkeypatch):
-    hidden, weight = torch.randn(23, 16), torch.randn(50, 16)
-    targets = torch.randint(50, (23,))
-    rows = hidden.clone().requires_grad_()
-    F.cross_entropy(rows @ weight.T, targets, reduction="sum").backward()
-    monkeypatch.setattr(loss_module, "CHUNK", 50 * 10)
-    monkeypatch.setattr(loss_module, "PIECE", 50 * 3)
-    found = hidden.clone().requires_grad_()
-    total = loss_module._NegativeLogLikelihood.apply(found, weight, targets)
-    total.backward()
-    torch.testing.assert_close(found.grad, rows.grad, rtol=1e-5, atol=1e-6)
-    right = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    assert total.item() == pytest.approx(right.item(), rel=1e-6)
-
-
-def test_of_a_gated_layer_gate_and_up_are_kept_and_their_product_is_not():
-    tuned = with_adapter(model("llama"))
-    fused.fuse(tuned)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        loss = tuned(input_ids=torch.arange(20)[None]).logits.sum()
-    wide = [tensor for tensor in kept if tensor.shape == (1, 20, tuned.config.intermediate_size)]
-    assert len({tensor.data_ptr() for tensor in wide}) == 2 * tuned.config.num_hidden_layers
-    loss.backward()
-
-
-def test_layers_with_more_to_them_keep_their_own_forward():
-    from peft import LoraConfig, get_peft_model
-
-    dora = get_peft_model(model("llama"), LoraConfig(r=4, target_modules="all-linear", use_dora=True))
-    fused.fuse(dora)
-    adapted = [module for module in dora.modules() if hasattr(module, "lora_A")]
-    assert adapted
-    assert not any("forward" in vars(module) for module in adapted)
-
-
-def test_a_fused_model_obeys_a_switched_off_adapter():
-    tuned = with_adapter(model("llama"))
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        right = tuned.get_base_model()(input_ids=ids).logits
-        with tuned.disable_adapter():
-            base = tuned(input_ids=ids).logits
-        fused.fuse(tuned)
-        assert torch.allclose(tuned(input_ids=ids).logits, right, atol=1e-5)
-        with tuned.disable_adapter():
-            assert torch.equal(tuned(input_ids=ids).logits, base)
-    assert not torch.allclose(base, right, atol=1e-3)
 
 
 def test_a_model_that_shares_still_generates(accelerator):

@@ -245,6 +245,16 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gemma4_text": {
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 512,
+    },
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "opt": {
         "ffn_dim": 128,
         "word_embed_proj_dim": 64,
@@ -290,7 +300,7 @@ def model(architecture: str = "llama", vocabulary: int = 512, **config: Any) -> 
         "max_position_embeddings": 4096,
         "initializer_range": 0.2,  # far from uniform, so that mistakes show
     }
-    chosen = {k: v for k, v in (sizes | _SHAPES[architecture] | config).items() if v is not None or k in config}
+    chosen = {k: v for k, v in (sizes | _SHAPES.get(architecture, {}) | config).items() if v is not None or k in config}
     if architecture == "mistral":
         chosen.setdefault("sliding_window", None)
     with torch.random.fork_rng():
