@@ -9,45 +9,82 @@ from persona.engine.attention import NAME
 from persona.engine.fused import KNOWN, compute_dtype
 from persona.engine.packing import Pack
 
-CHUNK = 2**24  # logits that exist at a time; in 16 bits these are 32 MiB
-PIECE = 2**20  # logits turned into float32 probabilities at a time on a CPU: few enough to stay in a core's cache
-PIECE_ON_GPU = 2**23  # a GPU works through more of them sooner than it starts many times
+# The logits of these are W h, those of the others in `_scale_and_cap` too, but for a scale and a soft cap. Each is held
+# to the loss and gradients of the whole model by tests/engine/test_loss.py.
+PLAIN = KNOWN | {
+    "arcee", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "helium", "hunyuan_v1_dense", "ministral", "ministral3",
+    "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+}  # fmt: skip
+# Logits that exist at a time, in 16 bits 32 MiB and 128 MiB. A GPU reads the whole output layer for each chunk.
+CHUNK, CHUNK_ON_GPU = 2**24, 2**26
+# Logits turned into float32 probabilities at a time. On a CPU they stay in a core's cache; a GPU works through more of
+# them sooner than it starts many times.
+PIECE, PIECE_ON_GPU = 2**20, 2**23
 
 
 def negative_log_likelihood(model: Any, packed: Pack) -> torch.Tensor:
     """Sum over the pack's supervised tokens of -ln p(token), in float32."""
-    if (hidden := _before_output_layer(model, packed)) is None:
+    if (known := _scale_and_cap(model)) is None:
         return F.cross_entropy(supervised_logits(model, packed).float(), packed.targets, reduction="sum")
-    loss: Any = _NegativeLogLikelihood.apply(hidden, model.get_output_embeddings().weight, packed.targets)
+    hidden, weight = _before_output_layer(model, packed), model.get_output_embeddings().weight
+    loss: Any = _NegativeLogLikelihood.apply(hidden, weight, packed.targets, *known)
     return loss
 
 
 def token_losses(model: Any, packed: Pack) -> torch.Tensor:
     """-ln p of every supervised token of the pack (supervised,), in float32 and without gradients."""
     with torch.no_grad():
-        hidden = _before_output_layer(model, packed)
-        rows = supervised_logits(model, packed) if hidden is None else hidden
-        weight = None if hidden is None else model.get_output_embeddings().weight.to(hidden.dtype)
-        size = max(1, CHUNK // (rows.shape[1] if weight is None else len(weight)))
+        known = _scale_and_cap(model)
+        rows = supervised_logits(model, packed) if known is None else _before_output_layer(model, packed)
+        weight = None if known is None else model.get_output_embeddings().weight.to(rows.dtype)
+        size = _rows_at_once(rows, rows.shape[1] if weight is None else len(weight), CHUNK, CHUNK_ON_GPU)
         losses = []
         for start in range(0, len(rows), size):
             piece, wanted = rows[start : start + size], packed.targets[start : start + size]
-            logits = piece if weight is None else F.linear(piece, weight)
+            logits = piece if weight is None or known is None else _scaled(F.linear(piece, weight), *known)
             losses.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
         return torch.cat(losses)
 
 
-def _before_output_layer(model: Any, packed: Pack) -> torch.Tensor | None:
-    """Input of the output layer at the supervised positions (supervised, size); None if that layer is not plain."""
-    head = model.get_output_embeddings()
-    if model.config.model_type not in KNOWN or head.bias is not None:
+def _scale_and_cap(model: Any) -> tuple[float, float | None] | None:
+    """What the architecture does to the logits of its output layer, `_scaled`; None if that is not known."""
+    config = model.config
+    if model.get_output_embeddings().bias is not None:
         return None
-    head.forward = lambda hidden: hidden  # the output layer is applied elsewhere
+    match config.model_type:
+        case "granite" | "granitemoe":
+            return 1 / config.logits_scaling, None
+        case "cohere" | "cohere2":
+            return config.logit_scale, None
+        case "gemma2" | "gemma3_text" | "gemma4_text":
+            return 1.0, config.final_logit_softcapping
+        case kind:
+            return (1.0, None) if kind in PLAIN else None
+
+
+def _scaled(logits: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+    """The logits that the model returns: `logits` times `scale`, and that held below `cap` by a tanh, in float32."""
+    if scale == 1 and cap is None:
+        return logits
+    wide = logits.float() * scale
+    return wide if cap is None else wide.div_(cap).tanh_().mul_(cap)
+
+
+def _rows_at_once(like: torch.Tensor, words: int, on_cpu: int, on_gpu: int) -> int:
+    return max(1, (on_cpu if like.device.type == "cpu" else on_gpu) // words)
+
+
+def _before_output_layer(model: Any, packed: Pack) -> torch.Tensor:
+    """Input of the output layer at the supervised positions (supervised, size)."""
+    head = model.get_output_embeddings()
+    inputs: list[torch.Tensor] = []
+    # the output layer is applied elsewhere, and what the model makes of its input instead is not used
+    head.forward = lambda hidden: inputs.append(hidden) or hidden
     try:
-        hidden = supervised_logits(model, packed)
+        supervised_logits(model, packed)
     finally:
         del head.forward
-    return hidden.to(compute_dtype(hidden))
+    return inputs[0][0].to(compute_dtype(inputs[0]))
 
 
 def supervised_logits(model: Any, packed: Pack) -> torch.Tensor:
@@ -80,27 +117,33 @@ class _NegativeLogLikelihood(torch.autograd.Function):
     """Computes the gradient with the loss, chunk by chunk, so that logits are never kept (as in arXiv 2410.10989)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float, cap: float | None
+    ) -> torch.Tensor:
         weight = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK // len(weight))
-        few = max(1, (PIECE if hidden.device.type == "cpu" else PIECE_ON_GPU) // len(weight))
+        size = _rows_at_once(hidden, len(weight), CHUNK, CHUNK_ON_GPU)
+        few = _rows_at_once(hidden, len(weight), PIECE, PIECE_ON_GPU)
         for start in range(0, len(hidden), size):
             logits = F.linear(hidden[start : start + size], weight)
             pieces = zip(logits.split(few), targets[start : start + size, None].split(few), strict=True)
             for piece, wanted in pieces:
-                logs = torch.log_softmax(piece, -1, dtype=torch.float32)
+                scaled = _scaled(piece, scale, cap)
+                logs = torch.log_softmax(scaled, -1, dtype=torch.float32)
                 total -= logs.gather(1, wanted).sum()
                 if gradient is not None:
                     chances = logs.exp_()
                     chances.scatter_add_(1, wanted, chances.new_full((1, 1), -1.0).expand_as(wanted))
+                    if cap is not None:
+                        chances.mul_(scaled.div_(cap).square_().neg_().add_(1))
                     piece.copy_(chances)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[start : start + size])
-        ctx.gradient = gradient
+        ctx.gradient, ctx.scale = gradient, scale
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return (ctx.gradient.float() * grads[0]).to(ctx.gradient.dtype), None, None
+        gradient = (ctx.gradient.float() * (grads[0] * ctx.scale)).to(ctx.gradient.dtype)
+        return gradient, None, None, None, None
