@@ -6,6 +6,7 @@ import pytest
 import torch
 from making.kept import Kept
 from making.packs import with_adapter
+from making.pretended_gpu import PretendedGpu
 from making.tiny import family, model, save_model
 
 from persona.config import Quantization
@@ -38,7 +39,8 @@ def trained(tuned, precision="fp32", seed=3):
     tuned.zero_grad()
     torch.manual_seed(seed)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        loss = tuned(input_ids=IDS, labels=IDS).loss
+        ids = IDS.to(tuned.device)
+        loss = tuned(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss, [w.grad.clone() for w in tuned.parameters() if w.requires_grad], torch.get_rng_state()
 
@@ -106,6 +108,35 @@ def test_a_mask_drops_its_share_and_no_two_are_alike(dtype, dropout):
     both = ((1 - masks[0].double()) * (1 - masks[1].double())).mean().item()
     assert abs(both - dropout**2) < 5 * dropout * x.numel() ** -0.5  # they are independent
     assert torch.equal(masks[0][:2], fused._mask(x[:2], share, seed))  # made number by number, in order
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_branches_for_a_gpu_compute_what_the_libraries_do(dropout, checkpointing):
+    tuned = with_dropout(with_adapter(model("qwen3")), dropout)
+    if checkpointing:
+        tuned.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with PretendedGpu() as gpu:
+        tuned.to("cuda")
+        right = trained(tuned)
+        gpu.launches.clear()
+        gpu.waits.clear()
+        fused.fuse(tuned)
+        result = trained(tuned)
+    assert not gpu.mixes
+    assert [place for place, _ in gpu.waits if "engine/fused" in place] == []
+    times, norms = 1 + checkpointing, 4 * tuned.config.num_hidden_layers
+    assert gpu.launches["_fused_rms_norm"] == times * norms + 1
+    # the embeddings, which the first norm reads, have a gradient only if activations are computed again
+    assert gpu.launches["_fused_rms_norm_backward"] == norms + checkpointing
+    masks = 7 * tuned.config.num_hidden_layers if dropout else 0
+    assert gpu.launches["bernoulli_"] == (times + 1) * masks
+    assert result[0].item() == pytest.approx(right[0].item(), rel=2e-6)
+    for a, b in zip(result[1], right[1], strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 # --- what is kept for the backward pass ------------------------------------------------------------------------------
