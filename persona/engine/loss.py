@@ -47,7 +47,7 @@ def token_losses(model: Any, packed: Pack) -> torch.Tensor:
 
 
 def _scale_and_cap(model: Any) -> tuple[float, float | None] | None:
-    """What the architecture does to the logits of its output layer, `_scaled`; None if that is not known."""
+    """Scale and soft cap of the logits behind the output layer, for `_scaled`; None if the architecture is unknown."""
     config = model.config
     if model.get_output_embeddings().bias is not None:
         return None
