@@ -139,6 +139,14 @@ def test_the_branches_for_a_gpu_compute_what_the_libraries_do(dropout, checkpoin
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+def test_a_generator_of_the_cpu_draws_nothing_on_a_gpu():
+    with PretendedGpu():
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.empty(5, device="cuda").bernoulli_(0.5, generator=torch.Generator())
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.empty(5).bernoulli_(0.5, generator=torch.Generator("cuda"))
+
+
 # --- what is kept for the backward pass ------------------------------------------------------------------------------
 
 

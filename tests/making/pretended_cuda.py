@@ -14,6 +14,17 @@ import torch.utils.checkpoint
 CUDA = torch.device("cuda", 0)
 
 
+class PretendedGenerator(torch.Generator):
+    """A generator of random numbers of the host or, by `on_gpu`, of the GPU."""
+
+    on_gpu: bool
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        made = super().__new__(cls, "cpu")
+        made.on_gpu = torch.device(device).type == "cuda"
+        return made
+
+
 class _Stream:
     """A stream of the GPU, or an event; nothing runs beside anything here, so it only counts what is asked."""
 
@@ -141,10 +152,6 @@ def _libraries(gpu: Any) -> list[tuple[Any, str, Any]]:
                 out[device, dtype] = divided, [numbers[place] for place in chosen] if with_indices else []
         return out
 
-    class Generator(torch.Generator):
-        def __new__(cls, device: Any = "cpu") -> Any:
-            return super().__new__(cls, "cpu" if torch.device(device).type == "cuda" else device)
-
     def get_paged(*shape: int, dtype: Any = torch.float32, device: Any = CUDA) -> Any:
         out: Any = torch.zeros(shape, dtype=dtype, device=CUDA)
         out.is_paged, out.page_deviceid = True, device.index
@@ -157,7 +164,7 @@ def _libraries(gpu: Any) -> list[tuple[Any, str, Any]]:
 
     return [
         (torch.cuda, "_initialized", True),
-        (torch, "Generator", Generator),
+        (torch, "Generator", PretendedGenerator),
         (torch.version, "cuda", "13.0"),
         (torch.backends.cuda, "is_flash_attention_available", lambda: gpu.has_flash),
         (torch._C, "_group_tensors_by_device_and_dtype", grouped),

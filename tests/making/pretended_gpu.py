@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from making.pretended_cuda import CUDA, patched
+from making.pretended_cuda import CUDA, PretendedGenerator, patched
 from making.pretended_kernels import KERNELS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -219,6 +219,12 @@ class PretendedGpu(TorchFunctionMode):
         if wanted is not None:
             wanted = CUDA if isinstance(wanted, int) else torch.device(wanted)
             kwargs["device"] = CPU if wanted.type == "cuda" else wanted
+        if (generator := kwargs.get("generator")) is not None:
+            of_gpu = isinstance(generator, PretendedGenerator) and generator.on_gpu
+            device = wanted or (CPU if me is None else self.device_of(me))
+            if device.type in ("cpu", "cuda") and of_gpu != (device.type == "cuda"):
+                names = ("cpu", "cuda") if of_gpu else ("cuda", "cpu")
+                raise RuntimeError("Expected a '{}' device type for generator but found '{}'".format(*names))
         draws = wanted is not None and wanted.type == "cuda" and getattr(func, "__name__", "") in RANDOM
         with self.drawing() if draws else contextlib.nullcontext():
             out = func(*args, **kwargs)
@@ -419,9 +425,7 @@ class _Operations(TorchDispatchMode):
                 with self.unseen():
                     out = kernel(self.gpu, *args, **kwargs)
             elif on_gpu and short in RANDOM:
-                if kwargs.get("generator") is not None:
-                    raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-                with self.gpu.drawing():
+                with self.gpu.drawing() if kwargs.get("generator") is None else contextlib.nullcontext():
                     out = func(*args, **kwargs)
             else:
                 out = func(*args, **kwargs)
