@@ -219,12 +219,7 @@ class PretendedGpu(TorchFunctionMode):
         if wanted is not None:
             wanted = CUDA if isinstance(wanted, int) else torch.device(wanted)
             kwargs["device"] = CPU if wanted.type == "cuda" else wanted
-        if (generator := kwargs.get("generator")) is not None:
-            of_gpu = isinstance(generator, PretendedGenerator) and generator.on_gpu
-            device = wanted or (CPU if me is None else self.device_of(me))
-            if device.type in ("cpu", "cuda") and of_gpu != (device.type == "cuda"):
-                names = ("cpu", "cuda") if of_gpu else ("cuda", "cpu")
-                raise RuntimeError("Expected a '{}' device type for generator but found '{}'".format(*names))
+        self._check_generator(kwargs.get("generator"), wanted or (CPU if me is None else self.device_of(me)))
         draws = wanted is not None and wanted.type == "cuda" and getattr(func, "__name__", "") in RANDOM
         with self.drawing() if draws else contextlib.nullcontext():
             out = func(*args, **kwargs)
@@ -235,6 +230,12 @@ class PretendedGpu(TorchFunctionMode):
         if pin:
             self.pinned.add(storage_of(out))
         return out
+
+    def _check_generator(self, generator: Any, device: torch.device) -> None:
+        """Raise what torch raises if `generator` does not draw on `device`."""
+        own = CUDA if isinstance(generator, PretendedGenerator) and generator.on_gpu else CPU
+        if generator is not None and device.type in ("cpu", "cuda") and own.type != device.type:
+            raise RuntimeError(f"Expected a '{device.type}' device type for generator but found '{own.type}'")
 
     def _attribute(self, func: Any, me: Any, args: Any, kwargs: Any) -> Any:
         getter = getattr(func, "__self__", None)
