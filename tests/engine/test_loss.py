@@ -1,5 +1,7 @@
 """The loss in chunks is that of all logits at once, for every architecture whose output layer it takes over."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,10 +33,9 @@ def trained(architecture):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("architecture", sorted({*loss_module.PLAIN, *BEHIND}))
+@pytest.mark.parametrize("architecture", sorted(loss_module.LINEAR | loss_module.CAPPED))
 def test_the_loss_in_chunks_is_that_of_the_whole_model(architecture, monkeypatch):
     tuned = trained(architecture)
-    assert loss_module._scale_and_cap(tuned) is not None
     words = len(tuned.get_output_embeddings().weight)
     monkeypatch.setattr(loss_module, "CHUNK", words * 10)
     monkeypatch.setattr(loss_module, "PIECE", words * 3)
@@ -54,8 +55,8 @@ def test_a_chunk_of_logits_exists_at_a_time(architecture, monkeypatch):
     examples = cases()["nothing in common"] * 3
     packed = pack(examples, CPU, False)
     peaks = []
-    for known in (loss_module._scale_and_cap, lambda _: None):
-        monkeypatch.setattr(loss_module, "_scale_and_cap", known)
+    for take in (loss_module._before_output_layer, lambda *_: None):
+        monkeypatch.setattr(loss_module, "_before_output_layer", take)
         with Kept() as alive:
             loss_module.negative_log_likelihood(tuned, packed).backward()
         peaks.append(alive.peak)
@@ -63,14 +64,14 @@ def test_a_chunk_of_logits_exists_at_a_time(architecture, monkeypatch):
 
 
 def test_an_output_layer_with_a_bias_or_of_an_unknown_architecture_is_left_to_the_model():
-    assert loss_module._scale_and_cap(model("opt")) is None
     biased = model("llama")
     biased.lm_head.bias = torch.nn.Parameter(torch.randn(512))
-    assert loss_module._scale_and_cap(biased) is None
     packed = pack(cases()["nothing in common"], CPU, False)
     with torch.no_grad():
-        right = F.cross_entropy(loss_module.supervised_logits(biased, packed), packed.targets, reduction="sum")
-        assert loss_module.negative_log_likelihood(biased, packed).item() == pytest.approx(right.item(), rel=1e-6)
+        for made in (biased, model("opt")):
+            assert loss_module._before_output_layer(made, packed) is None
+            right = F.cross_entropy(loss_module.supervised_logits(made, packed), packed.targets, reduction="sum")
+            assert loss_module.negative_log_likelihood(made, packed).item() == pytest.approx(right.item(), rel=1e-6)
 
 
 def test_the_output_layer_is_the_models_again():
@@ -80,14 +81,17 @@ def test_the_output_layer_is_the_models_again():
         right = tuned(input_ids=packed.input_ids).logits
         loss_module.negative_log_likelihood(tuned, packed)
         assert torch.equal(tuned(input_ids=packed.input_ids).logits, right)
+    with pytest.raises(IndexError):
+        loss_module.negative_log_likelihood(tuned, replace(packed, positions=torch.tensor([10**6])))
+    assert torch.equal(tuned(input_ids=packed.input_ids).logits, right)
 
 
-@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (0.3, 2.0)])
-def test_a_loss_made_in_parts_is_that_of_the_whole(scale, cap, monkeypatch):
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_loss_made_in_parts_is_that_of_the_whole(cap, monkeypatch):
     hidden, weight = torch.randn(23, 16), torch.randn(50, 16)
     targets = torch.randint(50, (23,))
     rows = hidden.clone().requires_grad_()
-    logits = rows @ weight.T * scale
+    logits = rows @ weight.T
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     right = F.cross_entropy(logits, targets, reduction="sum")
@@ -95,7 +99,7 @@ def test_a_loss_made_in_parts_is_that_of_the_whole(scale, cap, monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK", 50 * 10)
     monkeypatch.setattr(loss_module, "PIECE", 50 * 3)
     found = hidden.clone().requires_grad_()
-    total = loss_module._NegativeLogLikelihood.apply(found, weight, targets, scale, cap)
+    total = loss_module._NegativeLogLikelihood.apply(found, weight, targets, cap)
     (2 * total).backward()
     torch.testing.assert_close(found.grad, rows.grad, rtol=1e-5, atol=1e-6)
     assert total.item() == pytest.approx(right.item(), rel=1e-6)
