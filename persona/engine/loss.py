@@ -9,8 +9,8 @@ from persona.engine.attention import NAME
 from persona.engine.fused import KNOWN, compute_dtype
 from persona.engine.packing import Pack
 
-# The logits of these are W h, those of the latter behind a soft cap. Some multiply them by a constant, which they do to h
-# if the output layer is applied elsewhere. Each is held to the whole model by tests/engine/test_loss.py.
+# The logits of the first are W h, or W h times a constant, which is a constant of h then; those of the second have a
+# soft cap. Each is held to the whole model by tests/engine/test_loss.py.
 LINEAR = KNOWN | {
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "granite", "granitemoe", "helium",
     "hunyuan_v1_dense", "ministral", "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe",
