@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from persona.engine.attention import NAME
+from persona.engine.attention import NAME, NAMES
 from persona.engine.fused import KNOWN, compute_dtype
 from persona.engine.packing import Pack
 
@@ -102,10 +102,10 @@ def _inputs(packed: Pack, config: Any) -> dict[str, Any]:
     row = {"input_ids": packed.input_ids, "use_cache": False}
     if packed.tree is None:
         return row
-    if config._attn_implementation != NAME:  # any other attention would not look at the tree, and say nothing
+    if config._attn_implementation not in NAMES:  # any other attention would not look at the tree, and say nothing
         raise ValueError(f"a prefix tree needs the attention {NAME}, not {config._attn_implementation}")
-    # transformers passes a 4-D mask through unchanged; this keeps it from building its own
-    nothing = torch.empty(1, 1, 1, 1, device=packed.input_ids.device)
+    # transformers passes a 4-D mask through unchanged; this keeps it from building its own, and no one can use it
+    nothing = torch.full((1, 1, 1, 1), torch.nan, device=packed.input_ids.device)
     return row | {"position_ids": packed.position_ids, "tree": packed.tree, "attention_mask": nothing}
 
 

@@ -4,23 +4,89 @@ Every reply is an example with its whole context, so the examples of an update r
 the earlier turns of a conversation. Sorted by their tokens, those that begin alike are neighbours, and each shares with
 the one before it all that it shares with any before. So one walk over them makes a prefix tree: an example adds the
 tokens behind the common prefix; each token is computed once, and attends to its ancestors and itself. The tree is cut
-into packs that fit the memory, and a pack into blocks of neighbouring branches for `persona.engine.attention`. If the
-architecture does not allow this (`persona.engine.trial`), a pack is rows of one example each. Loss and gradients are
-the same either way.
+into packs that fit the memory. If the architecture does not allow this (`persona.engine.trial`), a pack is rows of one
+example each. Loss and gradients are the same either way.
+
+Attention over a tree is computed in pieces. A block is neighbouring tokens and all that some of them attend to, with a
+mask (`persona.engine.attention`). A call is what a fused kernel can do without a mask (`persona.engine.flash`): the
+tree consists of nodes, stretches without a branch inside, and a node attends to itself causally and to every node above
+it fully. As the tokens are in depth-first order, what is below a node follows it.
 """
 
 import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from persona.engine.attention import Block, Tree
 from persona.model.render import Example
 
 BLOCK = 192  # tokens that attend at once on a CPU: few enough that their scores stay in its cache
 BLOCK_ON_GPU = 512  # a GPU works through larger products sooner than it starts many of them
+
+Stretch = tuple[int, int]  # tokens begin..end of a pack
+Segment = tuple[Sequence[int], int, int]  # ancestors from the root on, first new token, end of the new tokens
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens begin..end of a pack, and the tokens they attend to."""
+
+    begin: int
+    end: int
+    sources: Sequence[Stretch]
+    """Stretches of the pack that some of the block's tokens attend to; the last is the block itself."""
+    bias: torch.Tensor
+    """(tokens, last of the sources' tokens) float32, added to the scores: 0 where a token attends, else -inf; to the
+    sources' tokens before these, all attend."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries or the keys of a call: one sequence after another."""
+
+    rows: slice | torch.Tensor
+    """Their tokens in the pack."""
+    starts: torch.Tensor  # (sequences + 1,) int32, where each sequence begins among these tokens, and the end
+    longest: int
+    places: torch.Tensor  # (tokens,) their places if each sequence were filled up to the longest, `padded`
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sequences of queries, and the sequence of keys that each attends to: all of it, or causally."""
+
+    queries: Side
+    keys: Side
+    causal: bool
+
+
+class Tree:
+    """Who attends to whom in a pack on `device`; blocks have up to `size` tokens, if a block is not one token."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device, size: int | None = None) -> None:
+        self.segments, self.device = segments, device
+        self.size = size or (BLOCK if device.type == "cpu" else BLOCK_ON_GPU)
+        self.longest = max(len(ancestors) + end - begin for ancestors, begin, end in segments)
+        """Tokens of the longest example."""
+
+    @cached_property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks in the order of their tokens."""
+        return [_block(group, self.device) for group in _grouped(self.segments, self.size)]
+
+    @cached_property
+    def calls(self) -> Sequence[Call]:
+        """The first has every node attend to itself; each further one all below the nodes of one depth to these."""
+        nodes, inner = _nodes(self.segments)
+        stretches = [side for pair in [(nodes, nodes), *inner] for side in pair]
+        starts = to_device(self.device, [_starts(side) for side in stretches], torch.int32)
+        rows = to_device(self.device, [_tokens(side) for side in stretches], torch.long)
+        places = to_device(self.device, [_places(side) for side in stretches], torch.long)
+        sides = [_side(*parts) for parts in zip(stretches, starts, rows, places, strict=True)]
+        return [Call(*pair, causal=n == 0) for n, pair in enumerate(zip(sides[::2], sides[1::2], strict=True))]
 
 
 @dataclass(frozen=True)
@@ -125,28 +191,30 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
 
 def pack(examples: Sequence[Example], device: torch.device, share: bool, block: int | None = None) -> Pack:
     """One pack of `examples`, in the order of `plan_packs`, on `device`; `block` tokens of a tree attend at once."""
-    if not share or len(examples) == 1:
+    # On a CPU torch's own attention is quicker for one example; on a GPU transformers would wait for a row's positions.
+    if not share or (len(examples) == 1 and device.type == "cpu"):
         return _rows(examples, device)
-    return _tree(examples, device, block or (BLOCK if device.type == "cpu" else BLOCK_ON_GPU))
+    return _tree(examples, device, block)
 
 
 def _rows(examples: Sequence[Example], device: torch.device) -> Pack:
     # Filled up on the right: with causal attention no token attends to those right of it, so the filling needs no mask
     # and no token of its own.
     width = max(len(inputs(example)) for example in examples)
-    rows, positions, targets = [], [], []
+    rows: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
     for row, example in enumerate(examples):
         ids = inputs(example)
-        rows.append([*ids, *[0] * (width - len(ids))])
+        rows += [*ids, *[0] * (width - len(ids))]
         first = row * width + len(example.prompt_ids) - 1
         positions += range(first, first + len(example.reply_ids))
         targets += example.reply_ids
-    tensors = (torch.tensor(values, device=device) for values in (rows, positions, targets))
-    input_ids, at, right = tensors
-    return Pack(input_ids, None, None, at, right)
+    ids, at, right = to_device(device, (rows, positions, targets), torch.long)
+    return Pack(ids.view(-1, width), None, None, at, right)
 
 
-def _tree(examples: Sequence[Example], device: torch.device, block: int) -> Pack:
+def _tree(examples: Sequence[Example], device: torch.device, block: int | None) -> Pack:
     ids: list[int] = []
     depths: list[int] = []
     positions: list[int] = []
@@ -166,13 +234,28 @@ def _tree(examples: Sequence[Example], device: torch.device, block: int) -> Pack
         positions += path[len(example.prompt_ids) - 1 :]
         targets += example.reply_ids
         previous = tokens
-    tensors = (torch.tensor(values, device=device) for values in (ids, depths, positions, targets))
-    input_ids, depth, at, right = tensors
-    tree = [_block(group, device) for group in _grouped(segments, block)]
-    return Pack(input_ids[None], depth[None], tree, at, right)
+    row, depth, at, right = to_device(device, (ids, depths, positions, targets), torch.long)
+    return Pack(row[None], depth[None], Tree(segments, device, block), at, right)
 
 
-Segment = tuple[list[int], int, int]  # ancestors from the root on, first new node, end of the new nodes
+# --- the tree in pieces -----------------------------------------------------------------------------------------------
+
+
+def to_device(device: torch.device, columns: Sequence[Sequence[int]], dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    """A tensor (numbers,) of each of `columns`, in one copy that nothing waits for."""
+    flat = torch.tensor([number for column in columns for number in column], dtype=dtype)
+    return moved(flat, device).split([len(column) for column in columns])
+
+
+def padded(length: int) -> int:
+    """`length` as memory-efficient attention fills it up for its log-sum-exp."""
+    return -(-length // 32) * 32
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` of the CPU on `device`; a GPU goes on with its work while it is copied."""
+    # only from pinned memory does a copy not wait for all that was started before
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _grouped(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
@@ -203,11 +286,61 @@ def _block(group: Sequence[Segment], device: torch.device) -> Block:
     by_some = (seen[:, :first].any(0) & ~seen[:, :first].all(0)).nonzero().flatten().tolist()
     seen_by_some = seen[:, [*by_some, *range(first, end)]]
     bias = torch.zeros(seen_by_some.shape).masked_fill_(~seen_by_some, float("-inf"))
-    return Block(first, end, [*_stretches(by_all), *_stretches(by_some), (first, end)], bias.to(device))
+    return Block(first, end, [*_stretches(by_all), *_stretches(by_some), (first, end)], moved(bias, device))
 
 
-def _stretches(positions: Sequence[int]) -> list[tuple[int, int]]:
+def _stretches(positions: Sequence[int]) -> list[Stretch]:
     """Ascending positions as stretches begin..end of neighbours."""
     breaks = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
     edges = [0, *breaks, len(positions)] if positions else []
     return [(positions[a], positions[b - 1] + 1) for a, b in itertools.pairwise(edges)]
+
+
+def _nodes(segments: Sequence[Segment]) -> tuple[list[Stretch], list[tuple[list[Stretch], list[Stretch]]]]:
+    """The nodes of the tree; and for each depth, what is below each of its inner nodes, and these nodes."""
+    parent_ends = {begin: ancestors[-1] + 1 if ancestors else 0 for ancestors, begin, _ in segments}
+    edges = {segments[-1][2]}
+    for begin, above in parent_ends.items():
+        if begin != above or begin == 0:  # else it goes on where the segment before it ends
+            edges |= {begin, above}
+    nodes = list(itertools.pairwise(sorted(edges | {0})))
+    ending = {end: number for number, (_, end) in enumerate(nodes)}
+    parents, depths = [], []
+    for begin, _ in nodes:
+        parent = ending.get(parent_ends.get(begin, begin))  # a cut within a segment has the node before it as parent
+        parents.append(parent)
+        depths.append(0 if parent is None else depths[parent] + 1)
+    ends = [end for _, end in nodes]
+    for number in reversed(range(len(nodes))):
+        if (parent := parents[number]) is not None:
+            ends[parent] = max(ends[parent], ends[number])
+    pairs = []
+    for depth in range(max(depths)):
+        inner = [n for n, (_, end) in enumerate(nodes) if depths[n] == depth and ends[n] > end]
+        pairs.append(([(nodes[n][1], ends[n]) for n in inner], [nodes[n] for n in inner]))
+    return nodes, pairs
+
+
+def _side(stretches: Sequence[Stretch], starts: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> Side:
+    whole = slice(stretches[0][0], stretches[-1][1])
+    return Side(rows if len(rows) else whole, starts, _longest(stretches), places)
+
+
+def _longest(stretches: Sequence[Stretch]) -> int:
+    return max(end - begin for begin, end in stretches)
+
+
+def _starts(stretches: Sequence[Stretch]) -> Sequence[int]:
+    return [0, *itertools.accumulate(end - begin for begin, end in stretches)]
+
+
+def _tokens(stretches: Sequence[Stretch]) -> Sequence[int]:
+    """The tokens of `stretches`; none if they are neighbours, as then no list of them is needed."""
+    if all(before[1] == after[0] for before, after in itertools.pairwise(stretches)):
+        return []
+    return [token for begin, end in stretches for token in range(begin, end)]
+
+
+def _places(stretches: Sequence[Stretch]) -> Sequence[int]:
+    width = padded(_longest(stretches))
+    return [n * width + i for n, (begin, end) in enumerate(stretches) for i in range(end - begin)]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from persona.engine.attention import NAME
+from persona.engine.attention import IN_FORM, NAME, NAMES, NotCarried
+from persona.engine.flash import BLOCKS
 from persona.engine.fused import KNOWN, fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import inputs, pack, plan_packs
@@ -50,7 +51,7 @@ def why_not(config: Any, longest: int) -> str | None:
         return f"its positions depend on the longest example beside it (rope_type {how})"
     if getattr(config, "attention_dropout", 0):
         return "its configuration drops attention weights at random (attention_dropout)"
-    if config._attn_implementation not in ("sdpa", NAME):
+    if config._attn_implementation not in ("sdpa", *NAMES):
         return f"its attention runs as {config._attn_implementation}"
     return None
 
@@ -61,9 +62,13 @@ def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accele
     Returns the reason why each example needs a row of its own, or None if prefixes are shared.
     """
     reason = why_not(model.config, longest)
-    if reason is None:
-        model.get_base_model().set_attn_implementation(NAME)
-    fault = difference(model, trial_examples(examples), accelerator, share=reason is None)
+    fault = None
+    for name in _attentions(model, reason is None, accelerator):
+        if name != model.config._attn_implementation:
+            model.get_base_model().set_attn_implementation(name)
+        fault = difference(model, trial_examples(examples), accelerator, share=reason is None)
+        if fault is None:
+            break
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     if fault is None:
@@ -72,9 +77,20 @@ def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accele
     return f"in a trial before the first update {fault}"
 
 
+def _attentions(model: Any, share: bool, accelerator: Any) -> Sequence[str]:
+    """The attentions to try, the best first; the last resort, rows in the model's own, is not among them."""
+    own = model.config._attn_implementation
+    if accelerator.device.type != "cuda":
+        return [NAME if share else own]
+    if not share:  # rows attend by it too, so that torch does not keep the scores of all pairs
+        return [NAME if own == "sdpa" else own]
+    # several processes must agree, and their passes too if they share out the base
+    return [NAME, IN_FORM[BLOCKS]] if accelerator.num_processes == 1 else [NAME]
+
+
 def keep_rows(model: Any) -> None:
     """Give `model` its own attention and layers back, which take one example a row."""
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation in NAMES:
         model.get_base_model().set_attn_implementation("sdpa")
     unfuse(model)
 
@@ -94,15 +110,20 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
 
     The layers of `model` are left fused; its weights, gradients, mode and the random state are as they were.
     """
-    device = accelerator.device
+    device, attention = accelerator.device, model.config._attn_implementation
     dtype = next(weight.dtype for weight in model.get_base_model().parameters() if weight.is_floating_point())
     with _trial(model):
-        unfuse(model)
+        keep_rows(model)
         alone = _measured(model, (_plain_loss(model, example, device) for example in examples), accelerator)
+        if attention in NAMES:
+            model.get_base_model().set_attn_implementation(attention)
         fuse(model)
         (group,) = plan_packs(examples, len(examples) * (HEAD + TAIL + 1), share)
         packed = pack(group, device, share, TRIAL_BLOCK)
-        together = _measured(model, (negative_log_likelihood(model, one) for one in [packed]), accelerator)
+        try:
+            together = _measured(model, (negative_log_likelihood(model, one) for one in [packed]), accelerator)
+        except NotCarried as error:
+            return str(error)
     by_loss, by_gradient = TOLERANCE[dtype]
     if not abs(together[0] - alone[0]) <= by_loss * abs(alone[0]):
         return f"the loss of three short examples was {together[0]:.4f} in one pack and {alone[0]:.4f} one by one"

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 
-from persona.engine.attention import NAME
+from persona.engine.attention import NAME, NotCarried
 from persona.engine.loss import token_losses
 from persona.engine.memory import Full, Limit, attempt
 from persona.engine.packing import pack, plan_packs
@@ -143,12 +143,19 @@ def shared_beginnings(model: Any, examples: Sequence[Example], limit: Limit, pre
     alone = sum(example_losses(model, trial, replace(limit, size=1), precision, share=False))
     whole.set_attn_implementation(NAME)
     try:
-        one_pack = replace(limit, size=sum(map(_length, trial)))
-        together = sum(example_losses(model, trial, one_pack, precision, share=True))
         tolerance, _ = TOLERANCE[DTYPES[precision]]
-        yield abs(together - alone) <= tolerance * abs(alone)
+        yield abs(_together(model, trial, limit, precision) - alone) <= tolerance * abs(alone)
     finally:
         whole.set_attn_implementation(before)
+
+
+def _together(model: Any, examples: Sequence[Example], limit: Limit, precision: str) -> float:
+    """The loss of `examples` in one tree; infinite if the model's attention is more than a tree carries."""
+    one_pack = replace(limit, size=sum(map(_length, examples)))
+    try:
+        return sum(example_losses(model, examples, one_pack, precision, share=True))
+    except NotCarried:
+        return math.inf
 
 
 def _length(example: Example) -> int:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from persona.config import Data, Quantization
+from persona.engine.attention import take_over
 from persona.engine.loss import supervised_logits
 from persona.engine.packing import pack
 from persona.errors import DataError, PersonaError, VerificationFailed
@@ -143,7 +144,7 @@ def verify(
     with enough_memory("Close other programs, or leave the comparison out with --no-verify."):
         expected = _base_logits(base, adapter, proof, four_bits)
         gc.collect()  # PEFT's layers refer to each other, and two models may be more than the memory holds
-        merged = _logits(load_base(folder, _PLAIN, proof.precision, proof.device), proof)
+        merged = _logits(take_over(load_base(folder, _PLAIN, proof.precision, proof.device)), proof)
     tolerance = TOLERANCES[dtype] if proof.precision == "fp32" else ROUGH
     verdict = compare(expected, merged, proof.examples, tolerance)
     if not verdict.passed:
@@ -156,7 +157,7 @@ def verify(
 
 
 def _base_logits(base: Path, adapter: Path, proof: Proof, four_bits: FourBits | None) -> torch.Tensor:
-    model = load_base(base, _PLAIN, proof.precision, proof.device)
+    model = take_over(load_base(base, _PLAIN, proof.precision, proof.device))
     if four_bits is not None:
         for name, change in dequantized_weights(model, four_bits).items():
             parameter = model.get_parameter(name)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from persona.config import Config, Generation
+from persona.engine.attention import take_over
 from persona.model.adapters import Persona, check_base, read_persona
 from persona.model.device import choose_device, choose_precision, stay_in_gpu
 from persona.model.loading import load_adapter, load_base, stop_ids, trained_format
@@ -105,7 +106,7 @@ def load_speaker(config: Config, base: Path, adapter: Path | None, in_4bit: bool
     precision = choose_precision(config.training.precision, device)
     fmt = trained_format(base, adapter, config.model.chat_template)
     quantization = config.quantization.model_copy(update={"load_in_4bit": in_4bit})
-    model = load_base(base, quantization, precision, device)
+    model = take_over(load_base(base, quantization, precision, device))
     if adapter is not None:
         model = load_adapter(model, adapter)
     kind = "adapter" if adapter is not None else "model" if persona is not None else "base"

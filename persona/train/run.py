@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from persona.config import Config, dump_config
 from persona.console import GREEN, GREY, duration, excerpt, painted, safe, table
+from persona.engine.attention import form_of_model
 from persona.engine.memory import Full, attempt
 from persona.engine.trial import keep_rows, prepare_layout
 from persona.errors import UsageError
@@ -258,6 +259,10 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
         # a sharded weight has lost its shape
         bits = f"4 bits ({config.quantization.bnb_4bit_quant_type}){'' if trainer.devices.sharded else rest}"
     layout = "shared prefixes once a pack: the system prompt, and earlier turns if the template does not rewrite them"
+    attention = []
+    if unshared is None and trainer.device.type == "cuda":
+        choice = form_of_model(trainer.model)
+        attention = [("attention", f"{choice.form}: {choice.reason}")]
     rows = [
         ("base model", f"{config.model.name_or_path} in {bits}"),
         ("device", f"{_device(trainer)} in {precision}, {torch.get_num_threads()} threads"),
@@ -265,6 +270,7 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
         ("tokens", f"{train.tokens:,}, of which {train.supervised:,} ({train.supervised / train.tokens:.0%}) are "
          "learned: replies, end tokens"),
         ("computed", layout if unshared is None else f"one example a row: {unshared}"),
+        *attention,
         ("held out", f"{len(held_out.examples)} examples, {held_out.supervised:,} measured tokens"),
         ("updates", f"{trainer.per_epoch} an epoch of {config.training.train_batch_size} conversations, "
          f"about {train.supervised / trainer.per_epoch:.0f} learned tokens each; {trainer.total} in all"),

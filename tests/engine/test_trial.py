@@ -91,7 +91,7 @@ def test_the_trial_always_has_branches(case):
     tokens = sum(len(packing.inputs(example)) for example in examples)
     assert len({packing.inputs(example) for example in examples}) == 3
     assert packed.input_ids.numel() < tokens
-    assert (len(packed.tree) > 1) is (packed.input_ids.numel() > 64)  # and then several blocks
+    assert (len(packed.tree.blocks) > 1) is (packed.input_ids.numel() > 64)  # and then several blocks
 
 
 def sees_its_sisters(group, device, right=packing._block):
@@ -211,9 +211,9 @@ def test_autocast_leaves_the_scores_in_float32(dtype, monkeypatch):
     monkeypatch.setattr(torch, "softmax", lambda *args: results.extend((args[0], softmax(*args))) or results[-1])
     with torch.autocast("cpu", dtype):
         out = tree_attention(*inputs, tree, 0.125)
-        assert [x.dtype for x in results] == [torch.float32] * 2 * len(tree)
+        assert [x.dtype for x in results] == [torch.float32] * 2 * len(tree.blocks)
         out.sum().backward()
-    assert [x.dtype for x in results] == [torch.float32] * 4 * len(tree)
+    assert [x.dtype for x in results] == [torch.float32] * 4 * len(tree.blocks)
 
 
 def test_a_model_that_shares_still_generates(accelerator):

@@ -121,7 +121,7 @@ def assert_same(found, wanted, loss=LOSS, gradient=GRADIENT):
 def attended(packed):
     """(tokens, tokens) True where a token attends, put together from the blocks."""
     mask = torch.zeros(packed.input_ids.numel(), packed.input_ids.numel(), dtype=torch.bool)
-    for block in packed.tree:
+    for block in packed.tree.blocks:
         sources = [position for begin, end in block.sources for position in range(begin, end)]
         assert len(set(sources)) == len(sources)
         seen = torch.ones(block.end - block.begin, len(sources), dtype=torch.bool)

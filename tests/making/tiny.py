@@ -255,6 +255,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "ministral": {"head_dim": 16},
     "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "stablelm": {},
+    "nemotron": {},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "opt": {
         "ffn_dim": 128,
         "word_embed_proj_dim": 64,
