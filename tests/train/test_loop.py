@@ -197,18 +197,18 @@ def test_the_held_out_loss_is_weighted_by_tokens(tmp_path, tiny_model):
     saved = config(tmp_path, tiny_model, held_out=5)
     held_out = prepare(saved, date.today()).held_out
     model = load_base(tiny_model, Quantization(load_in_4bit=False), "fp32", torch.device("cpu"))
-    total = tokens = 0
+    total = supervised = 0
     for example in held_out.examples:
         ids = torch.tensor([[*example.prompt_ids, *example.reply_ids]])
         with torch.no_grad():
             steps = model(ids).logits[0].log_softmax(-1)[:-1]
         chosen = steps[len(example.prompt_ids) - 1 :].gather(1, ids[0, len(example.prompt_ids) :, None])
         total -= chosen.sum().item()
-        tokens += len(example.reply_ids)
+        supervised += len(example.reply_ids)
     model.set_attn_implementation(NAME)
     ours = mean_loss(model, held_out.conversations, tokens(300), Accelerator(cpu=True), True)
-    assert ours == pytest.approx(total / tokens, rel=1e-5)
-    assert metrics(run)[0]["eval/loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert ours == pytest.approx(total / supervised, rel=1e-5)
+    assert metrics(run)[0]["eval/loss"] == pytest.approx(total / supervised, rel=1e-5)
 
 
 @pytest.mark.parametrize("in_4bit", [True, False])
