@@ -1,6 +1,7 @@
 """Fine-tune a language model on conversations, so that it speaks like the person in them.
 
     python finetune.py
+    python finetune.py --dry-run --for-gpu 8GB
     python finetune.py --config config/presets/qwen2.5-1.5b-8gb.json --set data.train_file=data/mine/train.jsonl
     accelerate launch --multi_gpu --num_processes 2 finetune.py
 
@@ -28,7 +29,15 @@ def main() -> int:
                         help="check whether this machine can train, and say what to do where it cannot")  # fmt: skip
     parser.add_argument("--report", type=Path, metavar="FILE",
                         help="with --doctor: write the checks to FILE too, without your name and folders")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the memory and time that the run needs, and whether it fits, without "
+                        "training; of the model only the config and the tokenizer are downloaded")  # fmt: skip
+    parser.add_argument("--for-gpu", metavar="GPU",
+                        help="GPU for --dry-run that need not be here: its memory, such as 8GB, or a name, such "
+                        "as rtx4060")  # fmt: skip
     args = parser.parse_args()
+    if args.for_gpu is not None and not args.dry_run:
+        parser.error("--for-gpu belongs to --dry-run: python finetune.py --dry-run --for-gpu ...")
     if args.show is not None and args.show < 1:
         parser.error(f"--show takes a number from 1 on, not {args.show}")
     if args.report is not None and not args.doctor:
@@ -43,7 +52,7 @@ def main() -> int:
     with joined() as devices:
         from persona.train.command import tune
 
-        tune(args.config, args.set, args.resume == "auto", args.show, devices)
+        tune(args.config, args.set, args.resume == "auto", args.show, args.dry_run, args.for_gpu, devices)
     return 0
 
 

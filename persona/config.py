@@ -9,7 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -132,8 +132,8 @@ class Training(Section):
     """Passes over the training data; a fraction is fine."""
     train_batch_size: int = Field(default=8, ge=1)
     """Conversations per weight update, over all devices."""
-    max_tokens_per_pack: int = Field(default=2048, ge=16)
-    """Tokens in memory at a time; lower it when memory runs out. It never changes the learned result."""
+    max_tokens_per_pack: Annotated[int, Field(ge=16)] | Literal["auto"] = 2048
+    """Tokens in memory at a time; lower it when memory runs out, or `auto`. It never changes the learned result."""
     learning_rate: float = Field(default=2e-4, gt=0, le=1)
     """Peak learning rate; 1e-4 to 3e-4 for models of 1B and more, up to 1e-3 for the small embedded one."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -154,6 +154,11 @@ class Training(Section):
     """Updates between checkpoints; null saves once an epoch. The best one is always saved too."""
     logging_steps: int = Field(default=1, ge=1)
     """Updates between lines of training metrics."""
+
+    @property
+    def pack_limit(self) -> int:
+        """`max_tokens_per_pack` as a number; raises `ValueError` for `auto`, which a run replaces at its start."""
+        return int(self.max_tokens_per_pack)
 
 
 class Generation(Section):

@@ -67,11 +67,12 @@ def _adapted(module: Any, without: Any, x: torch.Tensor, *args: Any, **options: 
     ((name, a),), (b,) = module.lora_A.items(), module.lora_B.values()
     if args or options or module.disable_adapters or module.merged or module.active_adapters != [name]:
         return without(x, *args, **options)
+    factors = getattr(x, "factors", (None, None))
     x = x.to(compute_dtype(x))
     if _is_decoding(module, x):
         low = x @ a.weight.to(x.dtype).T
         return torch.add(module.base_layer(x), low @ b.weight.to(x.dtype).T, alpha=module.scaling[name])
-    factors, drawn = getattr(x, "factors", (None, None)), _drawn(module.lora_dropout[name])
+    drawn = _drawn(module.lora_dropout[name])
     y: Any = _Adapted.apply(x, *factors, a.weight, b.weight, module.base_layer, module.scaling[name], *drawn)
     return y
 
@@ -151,7 +152,8 @@ def _mask(x: torch.Tensor, share: int, seed: int) -> torch.Tensor:
     if x.device.type != "cpu":
         return mask.bernoulli_(1 - share / DROPOUT_UNIT, generator=chance)
     # on a CPU bernoulli_ takes five times as long as four numbers of 16 bits in one and a comparison
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=chance)
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    numbers.random_(-(2**63), None, generator=chance)
     return torch.ge(numbers.view(torch.int16)[: x.numel()].view(x.shape), share - DROPOUT_UNIT // 2, out=mask)
 
 

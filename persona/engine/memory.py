@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from persona.console import excerpt
-from persona.engine.fused import KNOWN
-from persona.engine.loss import CHUNK
+from persona.engine.loss import CAPPED, CHUNK, CHUNK_ON_GPU, LINEAR
 from persona.engine.packing import BLOCK_ON_GPU, count_tokens, inputs, plan_packs
 from persona.errors import OutOfMemory
 from persona.model.device import is_out_of_memory, return_free_memory
@@ -120,8 +119,9 @@ def _kept_numbers(model: Any, group: Sequence[Example], share: bool) -> float:
     width = sum(one.in_features + one.out_features for one in model.modules() if hasattr(one, "lora_A")) / layers
     kept = layers * hidden + width if model.is_gradient_checkpointing else layers * width
     learned = sum(len(example.reply_ids) for example in group)
-    if model.config.model_type in KNOWN:  # the loss is computed in chunks
-        logits = 3 * learned * hidden + 1.5 * min(learned * words, CHUNK)
+    if model.config.model_type in LINEAR | CAPPED:  # the loss is computed in chunks
+        chunk = CHUNK if model.device.type == "cpu" else CHUNK_ON_GPU
+        logits = 3 * learned * hidden + 1.5 * min(learned * words, chunk)
     else:  # in 16 bits, and three copies in float32
         logits = 7 * learned * words
     tokens, longest = count_tokens(group, share), max(len(inputs(example)) for example in group)

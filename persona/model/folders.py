@@ -18,11 +18,13 @@ def read_config(folder: Path) -> JsonObject:
     return read_json(path) if path.is_file() else {}
 
 
-def missing_parts(folder: Path) -> list[str]:
-    """The files that `folder` lacks to be a loadable model."""
+def missing_parts(folder: Path, weights: bool = True) -> list[str]:
+    """The files that `folder` lacks to be a loadable model, or without `weights` to tell of one."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         missing.append("tokenizer.json")
+    if not weights:
+        return missing
     files = weight_files(folder)
     missing += [path.name for path in files if not path.is_file()] if files else ["model.safetensors"]
     return missing
@@ -40,8 +42,11 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
 
 
-def check_model_folder(folder: Path) -> Path:
-    """`folder`, which holds a complete 16- or 32-bit model; raises `UsageError` that says what it is instead."""
+def check_model_folder(folder: Path, weights: bool = True) -> Path:
+    """`folder`, which holds a complete 16- or 32-bit model, or without `weights` at least its config and tokenizer.
+
+    Raises `UsageError` that says what it is instead.
+    """
     config = read_config(folder)
     if (folder / "adapter_config.json").is_file():
         raise UsageError(
@@ -56,7 +61,7 @@ def check_model_folder(folder: Path) -> Path:
             f"{folder} is already quantized ({method}). Training and merging start from the 16-bit weights; "
             "download the original model, it is held in 4 bits while training."
         )
-    missing = missing_parts(folder)
+    missing = missing_parts(folder, weights)
     if missing:
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
         pickles = any(folder.glob("pytorch_model*.bin"))

@@ -11,32 +11,34 @@ from persona.model.folders import check_model_folder, missing_parts
 
 # Mistral puts a second copy of all weights beside its shards, Llama one in original/
 HUB_IGNORED = ["consolidated*", "original/*"]
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+HUB_SMALL = ["*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]  # config and tokenizer
+HUB_FILES = [*HUB_SMALL, "*.safetensors"]
 HUB_TIMEOUT_SECONDS = 10.0
 
 
-def hub_model(repo_id: str, fallback: str) -> Path:
-    """The local snapshot of `repo_id`, cached or downloaded; afterwards the hub is off.
+def hub_model(repo_id: str, fallback: str, weights: bool) -> Path:
+    """The local snapshot of `repo_id`, cached or downloaded, without `weights` its small files; then the hub is off.
 
     Raises `EnvironmentFault` with the ways out, one of which is the model `fallback`.
     """
-    folder = _snapshot(repo_id, fallback)
+    folder = _snapshot(repo_id, fallback, weights)
     constants.HF_HUB_OFFLINE = True  # all that is needed is here now
-    return check_model_folder(folder)
+    return check_model_folder(folder, weights)
 
 
-def _snapshot(repo_id: str, fallback: str) -> Path:
+def _snapshot(repo_id: str, fallback: str, weights: bool) -> Path:
     cached: Path | None = None
     try:
         cached = Path(snapshot_download(repo_id, local_files_only=True))
-        if not missing_parts(cached):
+        if not missing_parts(cached, weights):
             return cached
     except LocalEntryNotFoundError:
         pass
     try:
         HfApi().model_info(repo_id, timeout=HUB_TIMEOUT_SECONDS)
-        folder = snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
-        return check_model_folder(Path(folder))
+        files = HUB_FILES if weights else HUB_SMALL
+        folder = snapshot_download(repo_id, allow_patterns=files, ignore_patterns=HUB_IGNORED)
+        return check_model_folder(Path(folder), weights)
     except GatedRepoError:
         raise EnvironmentFault(
             f"{repo_id} is gated: accept its licence at {constants.ENDPOINT}/{repo_id}, then run `hf auth login`."

@@ -44,8 +44,10 @@ def prepare_libraries(offline: bool) -> None:
     os.environ.update(quiet | ({"HF_HUB_OFFLINE": "1"} if offline else {}))
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, weights: bool = True) -> Path:
     """The local Hugging Face folder of the model `name`, fetched or unpacked if necessary.
+
+    Without `weights` the config and the tokenizer of a hub id or a folder are enough.
 
     Raises `UsageError` for an unknown name or a folder of another kind, `EnvironmentFault` for a failed download.
     """
@@ -56,7 +58,7 @@ def resolve_model(name: str) -> Path:
     if name == EMBEDDED:
         return _unpacked(EMBEDDED, _unpack_embedded)
     if there:
-        return check_model_folder(path) if path.is_dir() else _gguf_model(path)
+        return check_model_folder(path, weights) if path.is_dir() else _gguf_model(path)
     beside_others = path.parent != Path() and os.path.isdir(path.parent)
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or path.suffix == ".gguf" or path.is_absolute()
     if looks_local or beside_others or not _HUB_ID.fullmatch(name):
@@ -64,7 +66,7 @@ def resolve_model(name: str) -> Path:
     prepare_libraries(offline=False)
     from persona.model.hub import hub_model
 
-    return hub_model(name, EMBEDDED)
+    return hub_model(name, EMBEDDED, weights)
 
 
 def _unknown_name(name: str, path: Path) -> str:

@@ -142,7 +142,7 @@ def limits_of(config: Config, fitted: JsonObject, report: Callable[[str], None])
         known = isinstance(size, int) and least <= size < asked
         return Limit(setting, asked, size if known else asked, least, unit, advice, report)
 
-    training, held_out = config.training.max_tokens_per_pack, config.evaluation.max_tokens_per_pack
+    training, held_out = config.training.pack_limit, config.evaluation.max_tokens_per_pack
     samples = "There are none from now on; the run goes on."
     return (
         limit("training.max_tokens_per_pack", training, LEAST_TOKENS, "packs of {} tokens", learned),

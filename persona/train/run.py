@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from persona.model.token_cache import decode
 from persona.speak.speaker import Speaker
 from persona.train.checkpoints import Progress, latest_checkpoint, load_weights, read_progress
 from persona.train.devices import ALONE, Devices, build_accelerator
+from persona.train.estimate.forecast import Forecast, compared, forecast_here
 from persona.train.history import read_history
 from persona.train.loop import (
     Observer,
@@ -121,6 +122,7 @@ def _finetune(
     optimizer = choose_optimizer(config.training.optim, device)
     resolved = {"device": device.type, "precision": precision, "optimizer": optimizer}
     identity = identity_of(config, material.base, material.system, day, resolved)
+    forecast = forecast_here(config, material.base, material.train.conversations, device, precision, optimizer)
     progress = Progress()
     if checkpoint is not None:  # before the first one there is nothing that could be continued wrongly
         check_same(run, earlier, identity)
@@ -128,6 +130,12 @@ def _finetune(
             report(f"This run has already finished. Its adapter is {run / 'adapter'}.\n\n{next_commands(run)}")
             return run / "adapter"
         progress = read_progress(checkpoint)
+    if config.training.max_tokens_per_pack == "auto":
+        earlier_limit = earlier.get("max_tokens_per_pack") if earlier and checkpoint else None
+        limit = -int(devices.largest(-float(earlier_limit or forecast().limit)))  # that of the fullest device
+        training = config.training.model_copy(update={"max_tokens_per_pack": limit})
+        material = replace(material, config=config.model_copy(update={"training": training}))
+        identity["max_tokens_per_pack"] = limit
     accelerator = build_accelerator(precision, device, devices)
     report(f"Loading {config.model.name_or_path} ...")
     model = _load_model(material, identity["base"]["name"], precision, accelerator, devices)
@@ -141,7 +149,7 @@ def _finetune(
         if devices.main:
             write_json(run / "run.json", identity)
 
-    limits = limits_of(config, fitted, remember)
+    limits = limits_of(material.config, fitted, remember)
     samples = config.evaluation.sample_prompts if devices.main and not devices.sharded else 0
     kept = progress.history_bytes, progress.sample_bytes, progress.step
     with closing(MetricsWriter(run, log_folder(run), *kept)) if devices.main else nullcontext() as metrics:
@@ -151,7 +159,7 @@ def _finetune(
             train=material.train.conversations,
             held_out=material.held_out.conversations,
             share=unshared is None,
-            training=config.training,
+            training=material.config.training,
             evaluation=config.evaluation,
             seed=config.seed,
             accelerator=accelerator,
@@ -172,13 +180,16 @@ def _finetune(
         for line in [*passed_over, *(trainer.resume(checkpoint) if checkpoint is not None else [])]:
             report(line)
         run_training(trainer)
-    return devices.on_main(lambda: _finish(material, trainer, identity, precision, report))
+    return devices.on_main(lambda: _finish(material, trainer, identity, precision, forecast, report))
 
 
-def prepare(config: Config, day: date) -> Material:
-    """Read and render the data with the model's tokenizer; raises the errors a user can cause."""
+def prepare(config: Config, day: date, weights: bool = True) -> Material:
+    """Read and render the data with the model's tokenizer; raises the errors a user can cause.
+
+    Without `weights` the model may consist of its config and tokenizer.
+    """
     data, limit = read_data(config.data, config.seed), config.data.max_length
-    base = resolve_model(config.model.name_or_path)
+    base = resolve_model(config.model.name_or_path, weights)
     longest = read_config(base).get("max_position_embeddings")
     if longest is not None and limit > longest:
         raise UsageError(f"data.max_length is {limit}, but this model reads at most {longest} tokens; lower it.")
@@ -236,7 +247,7 @@ def _load_model(material: Material, base_name: str, precision: str, accelerator:
 def _agreed_layout(model: Any, material: Material, accelerator: Accelerator, devices: Devices) -> str | None:
     """The reason why each example gets a row of its own, or None; the same in all processes."""
     config = material.config
-    longest = max(config.training.max_tokens_per_pack, config.evaluation.max_tokens_per_pack)
+    longest = max(config.training.pack_limit, config.evaluation.max_tokens_per_pack)
     devices.in_passes = devices.sharded  # a sharded base computes only when all processes do
     own = prepare_layout(model, material.train.examples, longest, accelerator)
     devices.in_passes = False
@@ -269,6 +280,7 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
         ("training", f"{len(train.conversations)} conversations, {len(train.examples)} examples (one a reply)"),
         ("tokens", f"{train.tokens:,}, of which {train.supervised:,} ({train.supervised / train.tokens:.0%}) are "
          "learned: replies, end tokens"),
+        ("packs", f"up to {config.training.pack_limit:,} tokens at a time"),
         ("computed", layout if unshared is None else f"one example a row: {unshared}"),
         *attention,
         ("held out", f"{len(held_out.examples)} examples, {held_out.supervised:,} measured tokens"),
@@ -294,13 +306,20 @@ def _device(trainer: Trainer) -> str:
 
 
 def _finish(
-    material: Material, trainer: Trainer, identity: JsonObject, precision: str, report: Callable[[str], None]
+    material: Material,
+    trainer: Trainer,
+    identity: JsonObject,
+    precision: str,
+    forecast: Callable[[], Forecast],
+    report: Callable[[str], None],
 ) -> Path:
     """Keep the best adapter, sum up, let it speak once, and list the next commands."""
     run, train, held_out = trainer.run, material.train, material.held_out
     checkpoint = best_checkpoint(trainer)
     load_weights(trainer.model, checkpoint)
     facts = _summary(trainer, checkpoint, precision)
+    estimate = compared(forecast(), trainer.packs.size, _peak(trainer))
+    facts["estimated memory"] = str(estimate["text"])
     counts = (
         f"{len(train.conversations)} conversations with {len(train.examples)} replies ({train.supervised} tokens) "
         f"learned, {len(held_out.conversations)} held out"
@@ -312,7 +331,8 @@ def _finish(
     adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, persona, text)
     findings = of_training(read_history(run), held_out.supervised, trainer.per_epoch)
     verdict = [asdict(finding) for finding in findings]
-    write_json(run / "run.json", identity | {"counts": {"data": counts}, "summary": facts, "verdict": verdict})
+    results = {"counts": {"data": counts}, "summary": facts, "memory": estimate, "verdict": verdict}
+    write_json(run / "run.json", identity | results)
     report("\nDone: stopped early, the held-out loss no longer improves." if stopped_early(trainer) else "\nDone.")
     report(table([("adapter", adapter.as_posix()), *facts.items()]))
     for limit in (trainer.packs, trainer.held_out_packs, trainer.samples_at_once):
@@ -334,9 +354,12 @@ def _summary(trainer: Trainer, best: Path, precision: str) -> dict[str, str]:
         facts["held-out loss"] = f"{progress.base_loss:.4f} base, {progress.best_loss:.4f} tuned"
         facts["held-out perplexity"] = f"{base:.2f} base, {tuned:.2f} tuned ({tuned / base:.0%})"
     facts["time"] = f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):.0f} tokens/s"
-    peak = max(trainer.peak_memory_gib, peak_memory_gib(trainer.device))
-    facts["peak memory"] = f"{peak:.1f} GiB ({_device(trainer)}, {precision})"
+    facts["peak memory"] = f"{_peak(trainer):.1f} GiB ({_device(trainer)}, {precision})"
     return facts
+
+
+def _peak(trainer: Trainer) -> float:
+    return max(trainer.peak_memory_gib, peak_memory_gib(trainer.device))
 
 
 def _spoken_once(material: Material, trainer: Trainer, persona: Persona) -> str:

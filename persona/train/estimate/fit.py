@@ -1,0 +1,89 @@
+"""Whether a run fits a device: its need with what is lost beside tensors, the room there, and the largest pack."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from persona.model.render import Example
+from persona.train.estimate.gpus import GPUS, WINDOWS_KEEPS, Gpu, known_name
+from persona.train.estimate.memory import GIB, OnPaper
+
+# A guess: gaps between the blocks that torch's allocator hands out, and CUDA's own context.
+# benchmarks/gpu_session.py on a GPU gives the true figures.
+GAPS, CUDA_CONTEXT = 1.05, 0.5 * GIB
+# On the CPU: libraries' code that only a step loads (0.09 to 0.11 GiB measured with the embedded model), and holes of
+# glibc's heap between tensors that come and go (24 to 32 % of them in packs of 1,000 and 2,000 tokens)
+STEP_CODE, HOLES = 0.1 * GIB, 0.3
+TIGHT = 0.1  # of the room: with less left over, another program or a longer example may be too much
+CPU_SHARE = 0.5  # of the free memory that packs of size "auto" may fill: other programs run beside
+STEPS_OF = 64  # packs of size "auto" are a multiple of so many tokens
+ON_CPU = 2048  # a CPU gains nothing from larger packs
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for a run on a device."""
+
+    device: str
+    """In words."""
+    kind: str
+    """`cuda` or `cpu`."""
+    bytes: float
+    """Bytes that a run may take."""
+    gpu: Gpu | None
+    """Its data sheet, if it is a GPU in the list."""
+    named: bool = False
+    """Whether it need not be here."""
+
+
+def room_on(gpu: Gpu) -> Room:
+    """The memory that Windows leaves on `gpu`, which need not be here."""
+    return Room(gpu.name, "cuda", gpu.memory - WINDOWS_KEEPS, gpu if gpu.bandwidth else None, True)
+
+
+def room_here(device: torch.device, resident: float = 0.0) -> Room:
+    """The memory that is free on `device` now, and `resident` bytes that this process has already."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        known = known_name(name)
+        return Room(name, "cuda", float(free), GPUS[known] if known else None)
+    return Room("this CPU", "cpu", psutil.virtual_memory().available + resident, None)
+
+
+def with_losses(parts: dict[str, float], kind: str, resident: float = 0.0) -> float:
+    """Bytes that a step takes on the device: its tensors, and what is lost beside them.
+
+    On the CPU they are those of the whole process, which had `resident` bytes before the model was loaded.
+    """
+    if kind == "cuda":
+        return sum(parts.values()) * GAPS + CUDA_CONTEXT
+    passing = parts["kept activations"] + parts["workspace"]
+    return resident + STEP_CODE + sum(parts.values()) + HOLES * passing
+
+
+def largest_pack(
+    paper: OnPaper, room: float, filled: Callable[[int], Sequence[Example]], most: int, resident: float
+) -> int:
+    """The largest number of tokens in a pack that fits `room` bytes, up to `most`; 0 if no pack of two examples fits.
+
+    `filled` gives examples for a pack of up to so many tokens. Memory grows evenly with them, so a line through two
+    packs tells the number, and a third pack proves it.
+    """
+
+    def need(limit: int) -> tuple[int, float]:
+        step = paper.step(filled(limit))
+        return step.tokens, with_losses(step.parts, paper.setup.device, resident)
+
+    (few, little), (many, much) = need(most // 4), need(most)
+    if much <= room:
+        return most
+    slope = (much - little) / max(many - few, 1)
+    if slope <= 0:
+        return 0
+    limit = int(few + (room - little) / slope) // STEPS_OF * STEPS_OF
+    while limit > 0 and need(limit)[1] > room:
+        limit = int(limit * 0.95) // STEPS_OF * STEPS_OF
+    return max(limit, 0)

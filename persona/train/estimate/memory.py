@@ -1,0 +1,251 @@
+"""The memory of one training step by part, counted at full size on tensors without numbers.
+
+Layers of a model are alike, so two and three of them are run, and the figures of all are on the line through both.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from persona.config import Lora, Quantization
+from persona.engine.attention import IN_FORM
+from persona.engine.flash import choose
+from persona.engine.fused import fuse, unfuse
+from persona.engine.loss import negative_log_likelihood
+from persona.engine.packing import inputs, pack
+from persona.engine.trial import trial_examples, why_not
+from persona.model.device import DTYPES
+from persona.model.loading import add_adapter
+from persona.model.render import Example
+from persona.train.estimate.paper import META, Kernel, Paper
+
+GIB = 2**30
+LAYERS_RUN = (2, 3)
+SMALL = 4096  # bitsandbytes' min_8bit_size
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything but the pack that decides the memory of a step."""
+
+    config: Any
+    """The model's configuration, as transformers reads it."""
+    lora: Lora
+    quantization: Quantization
+    precision: str
+    device: str
+    """`cuda` or `cpu`."""
+    optimizer: str
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step on paper."""
+
+    parts: dict[str, float]
+    """Bytes at the peak, by part."""
+    tokens: int
+    """Tokens that the pack computes."""
+    forward: Sequence[tuple[Kernel, float]]
+    """The operations of the forward pass, each with the number of times it occurs."""
+    backward: Sequence[tuple[Kernel, float]]
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak of a step."""
+        return sum(self.parts.values())
+
+
+class OnPaper:
+    """A model without numbers, on which steps are counted; at most three of its layers, since the others are alike."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        dtype = DTYPES[setup.precision]
+        config = copy.deepcopy(setup.config)
+        with META:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.weights = sum(weight.numel() for weight in model.parameters())
+        layers = _layers(model)[1]
+        self.depth = len(layers)
+        self.run = LAYERS_RUN if self.depth > LAYERS_RUN[1] and _alike(layers) else (self.depth, self.depth)
+        _cut(model, self.run[1])
+        model.requires_grad_(False)
+        model.config.use_cache = False
+        if setup.quantization.load_in_4bit:
+            _quantize(model, setup.quantization, dtype)
+        if setup.checkpointing:
+            # on paper no random number has to be brought back, and nothing can differ the second time
+            options = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        with META:
+            self.model: Any = add_adapter(model, setup.lora, 0, "on paper")
+        for module in self.model.modules():  # made by libraries elsewhere
+            for name, weight in [*module._parameters.items(), *module._buffers.items()]:
+                if weight is not None and not weight.is_meta:
+                    with torch.no_grad():
+                        moved = weight.to(META)
+                    module._parameters[name] = (
+                        nn.Parameter(moved, weight.requires_grad) if name in module._parameters else moved
+                    )
+        self.share = why_not(self.model.config, 1) is None
+        self.path, self.layers = _layers(self.model)
+
+    def _attention(self) -> str:
+        """The form of attention over trees on the device, as any GPU since RTX 30 has it."""
+        text = self.model.config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        dtype = DTYPES[self.setup.precision]
+        return IN_FORM[choose(self.setup.device, (8, 6), sys.platform != "win32", dtype, size).form]
+
+    def step(self, examples: Sequence[Example]) -> Step:
+        """A training step with `examples` in one pack, while the gradients of an earlier pack are there."""
+        fuse(self.model.train())
+        if self.share:
+            self.model.get_base_model().set_attn_implementation(self._attention())
+        few, more = (self._counted(depth, lambda device: self._loss(examples, device)) for depth in self.run)
+        times = self.depth - self.run[0]
+        parts = {name: few.parts[name] + times * (more.parts[name] - few.parts[name]) for name in more.parts}
+        weights = {"more": float(max(times, 1)), "few": float(-max(times - 1, 0))}
+        kernels = [
+            [*((one, weights["more"]) for one in a), *((one, weights["few"]) for one in b if weights["few"])]
+            for a, b in ((more.forward, few.forward), (more.backward, few.backward))
+        ]
+        return Step(parts, few.tokens, *kernels)
+
+    def trial(self, examples: Sequence[Example]) -> float:
+        """Bytes at the peak of the trial before the first update (persona/engine/trial.py) with the data's `examples`.
+
+        It is that of a short example in the libraries' own layers, which keep more, and without checkpointing.
+        """
+        (example, *_) = trial_examples(examples)
+        unfuse(self.model.eval())
+        self.model.get_base_model().set_attn_implementation("sdpa")
+
+        def loss(device: torch.device) -> tuple[torch.Tensor, int]:
+            ids = torch.tensor([inputs(example)], device=device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            reply = torch.tensor(example.reply_ids, device=device)
+            return F.cross_entropy(logits[-len(reply) :].float(), reply, reduction="sum"), ids.numel()
+
+        few, more = (self._counted(depth, loss).parts for depth in self.run)
+        parts = {name: few[name] + (self.depth - self.run[0]) * (more[name] - few[name]) for name in more}
+        # no optimizer yet; a copy of one half of the adapter
+        return sum(parts.values()) - parts["optimizer states"] + parts["adapter"] / 2
+
+    def _loss(self, examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, int]:
+        packed = pack(examples, device, self.share)
+        return negative_log_likelihood(self.model, packed), packed.input_ids.numel()
+
+    def _counted(self, depth: int, run: Callable[[torch.device], tuple[torch.Tensor, int]]) -> "_Count":
+        self.model.set_submodule(self.path, self.layers[:depth])
+        self.model.config.get_text_config().num_hidden_layers = depth
+        device = torch.device(self.setup.device)
+        with Paper(device, DTYPES[self.setup.precision]) as paper:
+            parts = self._lasting(paper)
+            lasting = paper.live
+            loss, tokens = run(device)
+            kept, forward = paper.live - lasting, len(paper.kernels)
+            paper.backward(loss)
+        for weight in self.model.parameters():
+            weight.grad = None
+        parts["kept activations"], parts["workspace"] = kept, paper.peak - lasting - kept
+        return _Count(parts, tokens, paper.kernels[:forward], paper.kernels[forward:])
+
+    def _lasting(self, paper: Paper) -> dict[str, float]:
+        """Bytes that are there before and after a step, by part."""
+        names = ("weights in 4 bits", "other weights", "adapter", "gradients", "optimizer states")
+        parts: dict[str, float] = dict.fromkeys(names, 0.0)
+        for weight in self.model.parameters():
+            size = paper.hold(weight)
+            if weight.requires_grad:
+                weight.grad = torch.empty_like(weight)
+                parts["adapter"] += size
+                parts["gradients"] += size
+                parts["optimizer states"] += _state_bytes(self.setup.optimizer, weight.numel())
+            elif (state := getattr(weight, "quant_state", None)) is not None:
+                scales = (state.absmax, state.state2.absmax) if state.nested else (state.absmax,)
+                parts["weights in 4 bits"] += size + sum(map(paper.hold, scales))
+            else:
+                parts["other weights"] += size
+        parts["other weights"] += sum(map(paper.hold, self.model.buffers()))
+        return parts
+
+
+@dataclass(frozen=True)
+class _Count:
+    parts: dict[str, float]
+    tokens: int
+    forward: list[Kernel]
+    backward: list[Kernel]
+
+
+def _state_bytes(optimizer: str, count: int) -> float:
+    """Bytes of AdamW's two states of a weight of `count` numbers; bitsandbytes keeps small weights in 32 bits."""
+    if optimizer == "adamw_torch" or count < SMALL:
+        return 8.0 * count
+    return 2.0 * (count + 4 * -(-count // 256))
+
+
+def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's layers and their path: the largest list of modules."""
+    lists = ((path, one) for path, one in model.named_modules() if isinstance(one, nn.ModuleList))
+    return max(lists, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
+
+
+def _alike(layers: nn.ModuleList) -> bool:
+    return len({tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in layers}) == 1
+
+
+def _cut(model: Any, depth: int) -> None:
+    """Leave the first `depth` layers of `model`."""
+    path, layers = _layers(model)
+    model.set_submodule(path, layers[:depth])
+    model.config.get_text_config().num_hidden_layers = depth
+
+
+def _quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None:
+    """Put 4-bit layers where transformers puts them: for all linear layers but the output layer."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    make: Any = Params4bit  # typed by its __init__, which does not take what its __new__ does
+    head, kind = model.get_output_embeddings(), quantization.bnb_4bit_quant_type
+    double = quantization.bnb_4bit_use_double_quant
+    for path, module in [
+        (path, one) for path, one in model.named_modules() if type(one) is nn.Linear and one is not head
+    ]:
+        count = module.weight.numel()
+        blocks = -(-count // 64)
+        with META:
+            layer = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, double, kind)
+            second = QuantState(
+                torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+            )
+            state = QuantState(
+                torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
+                module.weight.shape,
+                torch.empty(16),
+                64,
+                kind,
+                dtype,
+                torch.empty(()) if double else None,
+                second if double else None,
+            )
+            packed: Any = torch.empty(-(-count // 2), 1, dtype=torch.uint8)
+            layer.weight = make(
+                packed, requires_grad=False, quant_state=state, quant_type=kind, bnb_quantized=True, module=layer
+            )
+            setattr(layer, "quant_state", state)  # noqa: B010 - bitsandbytes' layers are not typed
+            if module.bias is not None:
+                layer.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), False)
+        model.set_submodule(path, layer)
+    model.is_loaded_in_4bit = True

@@ -1,0 +1,113 @@
+"""The memory of a step on paper: the same as with numbers, and the same from three layers as from all."""
+
+import weakref
+
+import pytest
+import torch
+from making.packs import CPU, cases
+from making.tiny import model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from persona.config import Lora, Quantization
+from persona.engine.attention import NAME
+from persona.engine.fused import fuse
+from persona.engine.loss import negative_log_likelihood
+from persona.engine.packing import count_tokens, pack, plan_packs
+from persona.model.loading import add_adapter
+from persona.train.estimate.memory import OnPaper, Setup
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Counted(TorchDispatchMode):
+    """The bytes of tensors with numbers that are made inside and alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.live, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        before = {id_of(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id_of(tensor) not in {*before, *self.sizes}:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.release, storage._cdata)
+        return out
+
+    def release(self, key):
+        self.live -= self.sizes.pop(key, 0)
+
+
+def id_of(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+EXAMPLES = [one for name in ("history kept", "nothing in common") for one in cases()[name]]
+(GROUP,) = plan_packs(EXAMPLES, 10_000, True)
+
+
+def setup(config, checkpointing, dropout=0.1, four=False):
+    return Setup(
+        config, Lora(r=4, lora_dropout=dropout), Quantization(load_in_4bit=four), "fp32", "cpu", "adamw_torch",
+        checkpointing,
+    )  # fmt: skip
+
+
+def really_kept(base, checkpointing, dropout):
+    """Bytes of the tensors that a step with numbers makes, at its peak, with the gradients of an earlier one."""
+    tuned = add_adapter(base, Lora(r=4, lora_dropout=dropout), 0, "tiny").train()
+    tuned.get_base_model().set_attn_implementation(NAME)
+    fuse(tuned)
+    if checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for weight in tuned.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    with Counted() as counted:
+        negative_log_likelihood(tuned, pack(GROUP, CPU, True)).backward()
+    return counted.peak
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3"])
+def test_a_step_on_paper_needs_what_one_with_numbers_needs(kind, checkpointing, dropout):
+    base = model(kind, num_hidden_layers=4)
+    step = OnPaper(setup(base.config, checkpointing, dropout)).step(GROUP)
+    assert step.tokens == count_tokens(GROUP, True)
+    passing = step.parts["kept activations"] + step.parts["workspace"]
+    assert passing == pytest.approx(really_kept(base, checkpointing, dropout), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "checkpointing", "four"), [("cpu", False, False), ("cuda", True, True), ("cuda", False, True)]
+)
+def test_three_layers_tell_of_all(monkeypatch, device, checkpointing, four):
+    config = model("llama", num_hidden_layers=5).config
+    one = setup(config, checkpointing, four=four)
+    one = Setup(**{**vars(one), "device": device})
+    short = OnPaper(one).step(GROUP)
+    monkeypatch.setattr("persona.train.estimate.memory._alike", lambda _: False)
+    whole = OnPaper(one).step(GROUP)
+    assert short.parts == pytest.approx(whole.parts, rel=1e-9)
+    assert sum(n for _, n in [*short.forward, *short.backward]) == len(whole.forward) + len(whole.backward)
+
+
+def test_lasting_parts_are_those_of_the_weights():
+    base = model("llama", num_hidden_layers=2)
+    parts = OnPaper(setup(base.config, False)).step(GROUP).parts
+    tuned = add_adapter(base, Lora(r=4), 0, "tiny")
+    learned = sum(weight.numel() for weight in tuned.parameters() if weight.requires_grad)
+    assert [parts[name] for name in ("adapter", "gradients", "optimizer states")] == [
+        4 * learned,
+        4 * learned,
+        8 * learned,
+    ]
+    assert parts["weights in 4 bits"] == 0
+    frozen = sum(weight.numel() for weight in base.parameters()) - learned
+    buffers = sum(buffer.numel() for buffer in base.buffers())
+    assert parts["other weights"] == 4 * (frozen + buffers)
