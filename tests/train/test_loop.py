@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from making.packs import tokens
 from making.runs import adapter_bytes, config, conversations, metrics, settings, write_jsonl
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
