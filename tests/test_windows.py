@@ -162,6 +162,7 @@ def test_what_is_there_is_replaced(home, trained, monkeypatch, script, arguments
 def test_a_merged_model_that_was_verified_as_it_is_stored_is_not_mapped(home, trained, tiny_model, monkeypatch):
     memory = SimpleNamespace(available=2**30 + 500_000)  # enough for bf16 alone, so that the file's tensors may be used
     monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(verify, "ROUGH", verify.Tolerance(0.02, 0.2))  # near ties of a tiny model; files matter here
     for _ in range(2):
         call(monkeypatch, home, merge_lora_to_fp16, "outputs/tiny", "--set", "export.dtype=bfloat16")
     assert verify.plan_proof(tiny_model, trained / "adapter", None).precision == "bf16"

@@ -318,7 +318,7 @@ def _finish(
     checkpoint = best_checkpoint(trainer)
     load_weights(trainer.model, checkpoint)
     facts = _summary(trainer, checkpoint, precision)
-    estimate = compared(forecast(), trainer.packs.size, _peak(trainer))
+    estimate = compared(forecast, trainer.packs.size, _peak(trainer))
     facts["estimated memory"] = str(estimate["text"])
     counts = (
         f"{len(train.conversations)} conversations with {len(train.examples)} replies ({train.supervised} tokens) "

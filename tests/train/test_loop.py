@@ -142,18 +142,18 @@ def test_without_patience_all_updates_are_done(tmp_path, tiny_model):
 
 def test_the_layout_in_memory_does_not_change_what_is_learned(tmp_path, tiny_model):
     seen = {}
-    for tokens in (16, 100, 10_000):
+    for size in (16, 100, 10_000):
         made = config(
             tmp_path,
             tiny_model,
             lora={"lora_dropout": 0},
-            training={"output_dir": f"outputs/{tokens}", "max_tokens_per_pack": tokens},
-            evaluation={"max_tokens_per_pack": tokens},
+            training={"output_dir": f"outputs/{size}", "max_tokens_per_pack": size},
+            evaluation={"max_tokens_per_pack": size},
         )
         run, _ = train(made)
-        seen[tokens] = metrics(run)
-    for tokens in (16, 100):
-        for ours, theirs in zip(seen[tokens], seen[10_000], strict=True):
+        seen[size] = metrics(run)
+    for size in (16, 100):
+        for ours, theirs in zip(seen[size], seen[10_000], strict=True):
             for tag in ("train/loss", "eval/loss"):
                 assert (tag in ours) == (tag in theirs)
                 assert ours.get(tag, 0) == pytest.approx(theirs.get(tag, 0), rel=1e-5)

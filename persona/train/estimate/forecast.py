@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from persona.config import Config
+from persona.console import excerpt
 from persona.engine.packing import count_tokens, inputs, plan_packs
 from persona.errors import UsageError
 from persona.files import JsonObject
@@ -72,17 +73,32 @@ def forecast_here(
     """A function that gives the forecast for `device` as it is now, and the same one whenever it is called."""
     resident = float(psutil.Process().memory_info().rss)
     room = room_here(device, resident)
-    return cache(lambda: Forecast(config, train, read_model_config(base), room, precision, optimizer, resident))
+
+    @cache
+    def forecast() -> Forecast:
+        try:
+            return Forecast(config, train, read_model_config(base), room, precision, optimizer, resident)
+        except Exception as error:  # of an architecture that does not run without numbers; any library may raise it
+            raise UsageError(
+                f"A step of this model cannot be counted on paper ({excerpt(str(error))}). Set "
+                "training.max_tokens_per_pack to a number."
+            ) from error
+
+    return forecast
 
 
-def compared(forecast: "Forecast", limit: int, measured: float) -> JsonObject:
+def compared(forecast: Callable[[], "Forecast"], limit: int, measured: float) -> JsonObject:
     """The memory of a finished run with packs of up to `limit` tokens, in GiB: on paper, measured, and the error.
 
     On a GPU both are those of torch's tensors in training, on the CPU those of the whole process.
     """
-    forecast.limit = limit
-    on_gpu = forecast.room.kind == "cuda"
-    paper = (forecast.step.peak if on_gpu else forecast.need) / GIB
+    try:
+        plan = forecast()
+        plan.limit = limit
+        on_gpu = plan.room.kind == "cuda"
+        paper = (plan.step.peak if on_gpu else plan.need) / GIB
+    except Exception as error:  # the run is done, and its adapter must not be lost to the lack of an estimate
+        return {"text": f"none: {excerpt(str(error), 120)}"}
     error = paper / measured - 1
     of = "of tensors" if on_gpu else "of the process"
     text = f"{paper:.1f} GiB {of} on paper, {abs(error):.0%} {'more' if error > 0 else 'less'} than the measured peak"

@@ -72,7 +72,7 @@ class OnPaper:
         dtype = DTYPES[setup.precision]
         config = copy.deepcopy(setup.config)
         with META:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.weights = sum(weight.numel() for weight in model.parameters())
         layers = _layers(model)[1]
         self.depth = len(layers)
@@ -96,6 +96,7 @@ class OnPaper:
                     module._parameters[name] = (
                         nn.Parameter(moved, weight.requires_grad) if name in module._parameters else moved
                     )
+        self.own = self.model.config._attn_implementation
         self.share = why_not(self.model.config, 1) is None
         self.path, self.layers = _layers(self.model)
 
@@ -128,7 +129,7 @@ class OnPaper:
         """
         (example, *_) = trial_examples(examples)
         unfuse(self.model.eval())
-        self.model.get_base_model().set_attn_implementation("sdpa")
+        self.model.get_base_model().set_attn_implementation(self.own)
 
         def loss(device: torch.device) -> tuple[torch.Tensor, int]:
             ids = torch.tensor([inputs(example)], device=device)

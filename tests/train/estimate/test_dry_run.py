@@ -183,3 +183,17 @@ def test_a_histogram_counts_every_example():
     text = histogram([5, 6, 7, 100, 799])
     assert sum(int(line.split()[-1]) for line in text.splitlines()) == 5
     assert len(text.splitlines()) == 8
+
+
+def test_a_model_that_cannot_be_counted_on_paper_trains_all_the_same(tmp_path, tiny_model, monkeypatch):
+    def broken(setup):
+        raise NotImplementedError("no kernel without numbers")
+
+    monkeypatch.setattr(forecasts, "OnPaper", broken)
+    messages = []
+    adapter = finetune(config(tmp_path, tiny_model, training={"num_train_epochs": 1}), True, messages.append)
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert "none: A step of this model cannot be counted on paper (no kernel" in "\n".join(messages)
+    auto = config(tmp_path, tiny_model, training={"max_tokens_per_pack": "auto", "output_dir": "outputs/auto"})
+    with pytest.raises(UsageError, match="max_tokens_per_pack to a number"):
+        finetune(auto, True, messages.append)
