@@ -31,8 +31,8 @@ LIGHT = (
 )
 LONGEST = 400  # lines of a module
 MOST_NAMES = 14  # modules and folders in a folder
-MOST_MODULES, MOST_UNTYPED = 110, 40
-MOST_LINES = 21_500  # 17,951 before fused attention, the estimate, recovery from a full memory and the doctor came
+MOST_MODULES, MOST_UNTYPED = 118, 40
+MOST_LINES = 23_500  # 21,324 before other architectures than Llama and Qwen came
 
 
 def files():

@@ -306,3 +306,26 @@ def write_llama_gguf(writer, model):
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def test_products_of_many_shapes_do_not_fill_the_memory():
+    """Packs differ in length, and torch's caches keep the code of each shape's products (pytorch #98688)."""
+    script = """
+import psutil
+from persona.model.sources import prepare_libraries
+prepare_libraries(True)
+import torch
+weight = torch.randn(576, 1536, dtype=torch.bfloat16)
+size = []
+for rows in range(64, 1064):
+    torch.randn(rows, 576, dtype=torch.bfloat16) @ weight
+    if rows in (363, 1063):
+        size.append(psutil.Process().memory_info().rss / 2**20)
+print(size[1] - size[0])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)}
+    )
+    # without a limit they grow by 500 MiB from the 300th shape to the 1,000th on a CPU that computes in bf16
+    assert float(result.stdout) < 200, result.stderr
