@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from persona.config import Config
 from persona.console import excerpt
 from persona.engine.packing import count_tokens, inputs, plan_packs
-from persona.errors import UsageError
+from persona.errors import PersonaError, UsageError
 from persona.files import JsonObject
 from persona.model.dataset import Conversation
 from persona.model.render import Example
@@ -78,6 +78,8 @@ def forecast_here(
     def forecast() -> Forecast:
         try:
             return Forecast(config, train, read_model_config(base), room, precision, optimizer, resident)
+        except PersonaError:
+            raise
         except Exception as error:  # of an architecture that does not run without numbers; any library may raise it
             raise UsageError(
                 f"A step of this model cannot be counted on paper ({excerpt(str(error))}). Set "

@@ -197,3 +197,14 @@ def test_a_model_that_cannot_be_counted_on_paper_trains_all_the_same(tmp_path, t
     auto = config(tmp_path, tiny_model, training={"max_tokens_per_pack": "auto", "output_dir": "outputs/auto"})
     with pytest.raises(UsageError, match="max_tokens_per_pack to a number"):
         finetune(auto, True, messages.append)
+
+
+def test_a_config_that_cannot_be_read_is_called_so_and_not_a_matter_of_packs(tmp_path, tiny_model):
+    wanted = config(tmp_path, tiny_model, training={"max_tokens_per_pack": "auto"})
+    train = prepare(wanted, date(2026, 1, 1)).train.conversations
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "unheard_of"}', encoding="utf-8")
+    forecast = forecasts.forecast_here(wanted, tmp_path / "odd", train, torch.device("cpu"), "fp32", "adamw_torch")
+    with pytest.raises(UsageError, match="cannot be loaded") as caught:
+        forecast()
+    assert "max_tokens_per_pack" not in str(caught.value)
