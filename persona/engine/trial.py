@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from persona.engine.attention import IN_FORM, NAME, NAMES, NotCarried
 from persona.engine.flash import BLOCKS
@@ -114,7 +116,7 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
     dtype = next(weight.dtype for weight in model.get_base_model().parameters() if weight.is_floating_point())
     with _trial(model):
         keep_rows(model)
-        alone = _measured(model, (_plain_loss(model, example, device) for example in examples), accelerator)
+        alone = _measured(model, (plain_loss(model, example, device) for example in examples), accelerator)
         if attention in NAMES:
             model.get_base_model().set_attn_implementation(attention)
         fuse(model)
@@ -128,32 +130,56 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
     if not abs(together[0] - alone[0]) <= by_loss * abs(alone[0]):
         return f"the loss of three short examples was {together[0]:.4f} in one pack and {alone[0]:.4f} one by one"
     for kind, right in alone[1].items():
-        apart = float((together[1][kind] - right).norm() / right.norm().clamp(min=1e-30))
-        if not apart <= by_gradient:
+        if not (apart := difference_of(together[1][kind], right)) <= by_gradient:
             return f"the gradient of {kind} from three short examples was {apart:.0%} off in one pack"
     return None
 
 
 @contextmanager
 def _trial(model: Any) -> Iterator[None]:
-    """No dropout and an adapter with two random halves inside; everything is put back afterwards."""
+    """Nothing random, and an adapter with two random halves inside; everything is put back afterwards."""
     halves = [weight for name, weight in model.named_parameters() if "lora_B" in name]
-    before, mode = [weight.detach().clone() for weight in halves], model.training
+    before = [weight.detach().clone() for weight in halves]
     chance = torch.Generator().manual_seed(0)
     try:
         for weight in halves:
             weight.data.copy_(torch.randn(weight.shape, generator=chance) * 0.01)
-        model.eval()
-        yield
+        with without_chance(model):
+            yield
     finally:
         for weight, value in zip(halves, before, strict=True):
             weight.data.copy_(value)
         model.zero_grad()
-        model.train(mode)
 
 
-def _measured(model: Any, losses: Iterator[torch.Tensor], accelerator: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """The sum of `losses`, and its gradient for each kind of adapter weights, such as `q_proj.lora_A`."""
+@contextmanager
+def without_chance(model: Any) -> Iterator[None]:
+    """Inside, nothing of `model` draws random numbers, and its layers are checkpointed if they are in training."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    # transformers checkpoints in training mode only, in which some layers drop numbers without a module for it
+    layers = [one for one in modules if isinstance(one, GradientCheckpointingLayer) and one.gradient_checkpointing]
+    layers = [one for one in layers if "forward" not in vars(one)]  # set by another library
+    try:
+        model.eval()
+        for layer in layers:
+            layer.forward = partial(_checkpointed, layer, layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _checkpointed(layer: Any, forward: Any, *args: Any, **options: Any) -> Any:
+    return layer._gradient_checkpointing_func(partial(forward, **options), *args)
+
+
+def _measured(
+    model: Any, losses: Iterator[torch.Tensor], accelerator: Any
+) -> tuple[float, dict[str, list[torch.Tensor]]]:
+    """The sum of `losses`, and its gradients for each kind of adapter weights, such as `q_proj.lora_A`."""
     model.zero_grad()
     total = 0.0
     with accelerator.autocast():
@@ -163,11 +189,19 @@ def _measured(model: Any, losses: Iterator[torch.Tensor], accelerator: Any) -> t
     kinds: dict[str, list[torch.Tensor]] = {}
     for name, weight in model.named_parameters():
         if weight.grad is not None:
-            kinds.setdefault(".".join(name.split(".")[-4:-2]), []).append(weight.grad.flatten())
-    return total, {kind: torch.cat(grads) for kind, grads in kinds.items()}
+            kinds.setdefault(".".join(name.split(".")[-4:-2]), []).append(weight.grad)
+            weight.grad = None
+    return total, kinds
 
 
-def _plain_loss(model: Any, example: Example, device: torch.device) -> torch.Tensor:
+def difference_of(gradients: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
+    """The norm of the difference of `gradients` from `right`, as a share of the norm of `right`."""
+    apart = torch.stack([(a - b).norm() for a, b in zip(gradients, right, strict=True)]).norm()
+    return float(apart / torch.stack([x.norm() for x in right]).norm().clamp(min=1e-30))
+
+
+def plain_loss(model: Any, example: Example, device: torch.device) -> torch.Tensor:
+    """The loss of `example` alone, from the logits of the model's own forward."""
     logits = model(input_ids=torch.tensor([inputs(example)], device=device), use_cache=False).logits[0]
     reply = torch.tensor(example.reply_ids, device=device)
     return F.cross_entropy(logits[-len(reply) :].float(), reply, reduction="sum")

@@ -14,7 +14,7 @@ from making.tiny import family, model, save_model
 from persona.config import Lora
 from persona.engine import fused, packing
 from persona.engine.attention import NAME, tree_attention
-from persona.engine.trial import difference, prepare_layout, trial_examples, why_not
+from persona.engine.trial import difference, plain_loss, prepare_layout, trial_examples, why_not, without_chance
 from persona.model.loading import add_adapter
 from persona.train.run import finetune
 
@@ -64,7 +64,7 @@ def trace(tuned):
     """Everything that a trial could leave behind."""
     weights = [weight.detach().clone() for weight in tuned.parameters()]
     grads = [weight.grad for weight in tuned.parameters()]
-    return [*weights, torch.get_rng_state()], grads, tuned.training
+    return [*weights, torch.get_rng_state()], grads, [module.training for module in tuned.modules()]
 
 
 def test_the_trial_finds_nothing_in_a_right_layout_and_leaves_no_trace(accelerator):
@@ -72,6 +72,37 @@ def test_the_trial_finds_nothing_in_a_right_layout_and_leaves_no_trace(accelerat
     before = trace(tuned)
     assert prepare_layout(tuned, cases()["history kept"], 300, accelerator) is None
     after = trace(tuned)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert after[1:] == before[1:]
+
+
+def checkpointed(base):
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return add_adapter(base, Lora(r=4, lora_dropout=0.3), seed=0, base_name="tiny").train()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "opt"])
+def test_layers_are_checkpointed_in_the_trial_without_chance_or_trace(architecture, accelerator):
+    settings = {"dropout": 0.5, "attention_dropout": 0.5} if architecture == "opt" else {}
+    tuned = checkpointed(model(architecture, **settings))
+    tuned.get_base_model().get_decoder().eval()  # modes that differ
+    before, decoders = trace(tuned), tuned.get_base_model().get_decoder().layers
+    counts, losses = [], []
+    real = decoders[0]._gradient_checkpointing_func
+    for layer in decoders:
+        layer._gradient_checkpointing_func = lambda *args: counts.append(1) or real(*args)
+    (example, *_) = trial_examples(cases()["history kept"])
+    for _ in range(2):
+        with without_chance(tuned):
+            losses.append(plain_loss(tuned, example, accelerator.device))
+            losses[-1].backward()
+    assert losses[0].item() == losses[1].item()
+    assert len(counts) == 2 * len(decoders)
+    for layer in decoders:
+        layer._gradient_checkpointing_func = real
+    tuned.zero_grad()
+    after = trace(tuned)
+    assert not any("forward" in vars(module) for module in tuned.modules())
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert after[1:] == before[1:]
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,8 +18,8 @@ from persona.engine.attention import IN_FORM
 from persona.engine.flash import choose
 from persona.engine.fused import fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
-from persona.engine.packing import inputs, pack
-from persona.engine.trial import trial_examples, why_not
+from persona.engine.packing import pack, plan_packs
+from persona.engine.trial import HEAD, TAIL, TRIAL_BLOCK, plain_loss, trial_examples, why_not, without_chance
 from persona.model.device import DTYPES
 from persona.model.loading import add_adapter
 from persona.model.render import Example
@@ -29,6 +28,7 @@ from persona.train.estimate.paper import META, Kernel, Paper
 GIB = 2**30
 LAYERS_RUN = (2, 3)
 SMALL = 4096  # bitsandbytes' min_8bit_size
+_Run = Callable[[torch.device], tuple[torch.Tensor, int]]  # the loss of a forward pass, and its tokens
 
 
 @dataclass(frozen=True)
@@ -125,39 +125,51 @@ class OnPaper:
     def trial(self, examples: Sequence[Example]) -> float:
         """Bytes at the peak of the trial before the first update (persona/engine/trial.py) with the data's `examples`.
 
-        It is that of a short example in the libraries' own layers, which keep more, and without checkpointing.
+        Each of three short examples is computed alone in the libraries' own layers, and then all of them in one pack.
         """
-        (example, *_) = trial_examples(examples)
-        unfuse(self.model.eval())
-        self.model.get_base_model().set_attn_implementation(self.own)
-
-        def loss(device: torch.device) -> tuple[torch.Tensor, int]:
-            ids = torch.tensor([inputs(example)], device=device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0]
-            reply = torch.tensor(example.reply_ids, device=device)
-            return F.cross_entropy(logits[-len(reply) :].float(), reply, reduction="sum"), ids.numel()
-
-        few, more = (self._counted(depth, loss).parts for depth in self.run)
-        parts = {name: few[name] + (self.depth - self.run[0]) * (more[name] - few[name]) for name in more}
+        few = trial_examples(examples)
+        (group,) = plan_packs(few, len(few) * (HEAD + TAIL + 1), self.share)
+        with without_chance(self.model):
+            unfuse(self.model)
+            self.model.get_base_model().set_attn_implementation(self.own)
+            alone = self._while(lambda device: (plain_loss(self.model, few[0], device), 0), True)
+            fuse(self.model)
+            if self.share:
+                self.model.get_base_model().set_attn_implementation(self._attention())
+            # the gradients of the examples alone are kept meanwhile
+            together = self._while(lambda device: self._loss(group, device, TRIAL_BLOCK), False)
         # no optimizer yet; a copy of one half of the adapter
-        return sum(parts.values()) - parts["optimizer states"] + parts["adapter"] / 2
+        return max(
+            sum(parts.values()) - parts["optimizer states"] + parts["adapter"] / 2 for parts in (alone, together)
+        )
 
-    def _loss(self, examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, int]:
-        packed = pack(examples, device, self.share)
+    def _while(self, run: _Run, adds: bool) -> dict[str, float]:
+        """Bytes by part at the peak of `run` and its backward pass, for all layers.
+
+        The pass `adds` to the gradients that are there, or makes others.
+        """
+        few, more = (self._counted(depth, run, adds).parts for depth in self.run)
+        return {name: few[name] + (self.depth - self.run[0]) * (more[name] - few[name]) for name in more}
+
+    def _loss(
+        self, examples: Sequence[Example], device: torch.device, block: int | None = None
+    ) -> tuple[torch.Tensor, int]:
+        packed = pack(examples, device, self.share, block)
         return negative_log_likelihood(self.model, packed), packed.input_ids.numel()
 
-    def _counted(self, depth: int, run: Callable[[torch.device], tuple[torch.Tensor, int]]) -> "_Count":
+    def _counted(self, depth: int, run: _Run, adds: bool = True) -> "_Count":
         self.model.set_submodule(self.path, self.layers[:depth])
         self.model.config.get_text_config().num_hidden_layers = depth
         device = torch.device(self.setup.device)
         with Paper(device, DTYPES[self.setup.precision]) as paper:
             parts = self._lasting(paper)
-            lasting = paper.live
+            if not adds:
+                self.model.zero_grad()
+            lasting = paper.peak = paper.live
             loss, tokens = run(device)
             kept, forward = paper.live - lasting, len(paper.kernels)
             paper.backward(loss)
-        for weight in self.model.parameters():
-            weight.grad = None
+        self.model.zero_grad()
         parts["kept activations"], parts["workspace"] = kept, paper.peak - lasting - kept
         return _Count(parts, tokens, paper.kernels[:forward], paper.kernels[forward:])
 
