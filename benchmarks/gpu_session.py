@@ -10,6 +10,7 @@ but the embedded model, from your package index.
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -33,15 +34,15 @@ from persona.errors import DataError, EnvironmentFault  # noqa: E402
 from persona.files import write_json, write_text  # noqa: E402
 from persona.train.doctor import without_private_parts  # noqa: E402
 
-# Each step's name in the file, its function in gpu_steps.py, and a title; what would make the rest worthless is first
+# Each step's name in the file, its module and function, and a title; what would make the rest worthless is first
 STEPS = {
-    "machine": ("machine", "the machine"),
-    "four_bits": ("four_bits", "4 bits on the GPU and on the CPU"),
-    "equivalences": ("equivalences", "trees against rows"),
-    "fused_attention": ("fused_forms", "fused attention against blocks"),
-    "real_steps": ("real_steps", "steps of 4B and 8B, and plain Hugging Face + PEFT"),
-    "gpu_tests": ("gpu_tests", "pytest -m gpu"),
-    "whole_run": ("whole_run", "a run at once, stopped and continued"),
+    "machine": ("gpu_steps", "machine", "the machine"),
+    "four_bits": ("gpu_steps", "four_bits", "4 bits on the GPU and on the CPU"),
+    "equivalences": ("gpu_steps", "equivalences", "trees against rows"),
+    "fused_attention": ("gpu_speed", "fused_forms", "fused attention against blocks"),
+    "real_steps": ("gpu_speed", "real_steps", "steps of 4B and 8B, and plain Hugging Face + PEFT"),
+    "gpu_tests": ("gpu_steps", "gpu_tests", "pytest -m gpu"),
+    "whole_run": ("gpu_steps", "whole_run", "a run at once, stopped and continued"),
 }
 LONGEST = 900  # seconds of a step, after which it is given up
 DETAILS = 12  # last lines of a traceback that are kept
@@ -95,7 +96,7 @@ def require_gpu() -> None:
 def measure_all(file: Path, run: Callable[[str], Any], is_pretended: bool) -> Session:
     """Every step by `run`, written to `file` after each; a step that fails is written down too."""
     session: Session = {"format": 1, "date": date.today().isoformat(), "pretended": is_pretended, "steps": {}}
-    for number, (name, (_, title)) in enumerate(STEPS.items(), 1):
+    for number, (name, (*_, title)) in enumerate(STEPS.items(), 1):
         print(f"{number}/{len(STEPS)} {title} ...", end=" ", flush=True)
         begun = time.perf_counter()
         try:
@@ -149,6 +150,12 @@ def command_of(name: str, file: Path) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), "--step", name, "--output", str(file)]
 
 
+def step_of(name: str) -> Callable[..., Any]:
+    """The function that measures a step."""
+    module, function, _ = STEPS[name]
+    return getattr(importlib.import_module(module), function)
+
+
 def measure(name: str) -> Any:
     """The figures of a step on the first GPU, measured in this process."""
     require_gpu()
@@ -159,7 +166,7 @@ def measure(name: str) -> Any:
     size = replace(gpu_steps.FULL, used_before=gpu_steps.used_memory())  # before CUDA takes its own part
     device = choose_device("cuda")
     stay_in_gpu(device)
-    return getattr(gpu_steps, STEPS[name][0])(size, device)
+    return step_of(name)(size, device)
 
 
 @contextlib.contextmanager
@@ -181,7 +188,7 @@ def pretended(wanted: bool) -> Iterator[Callable[[str], Any]]:
 
         def run(name: str) -> Any:
             with PretendedGpu() as gpu:
-                figures = getattr(gpu_steps, STEPS[name][0])(size, torch.device("cuda", 0))
+                figures = step_of(name)(size, torch.device("cuda", 0))
             if gpu.mixes:
                 raise RuntimeError(gpu.mixes[0])
             return figures

@@ -205,7 +205,7 @@ def test_tables_are_made_again_from_files(gpu_session, monkeypatch, capsys, tmp_
 
 
 def test_plain_training_takes_half_of_the_examples_when_memory_runs_out(gpu_session):
-    import gpu_steps
+    import gpu_speed
 
     class Bench:
         model = device = None
@@ -217,10 +217,10 @@ def test_plain_training_takes_half_of_the_examples_when_memory_runs_out(gpu_sess
 
     bench, examples = Bench(), list(range(5))
     bench.fits = 2
-    figures = gpu_steps._plain(bench, examples, lambda some, device: some)
+    figures = gpu_speed._plain(bench, examples, lambda some, device: some)
     assert figures == {"batches": [[0, 1], [2, 3], [4]], "together": 2}
     bench.fits = 0
-    assert "does not hold one example" in gpu_steps._plain(bench, examples, lambda some, device: some)["fault"]
+    assert "does not hold one example" in gpu_speed._plain(bench, examples, lambda some, device: some)["fault"]
 
 
 def test_the_outcome_of_pytest_is_read_from_its_last_line(gpu_session):
@@ -230,3 +230,30 @@ def test_the_outcome_of_pytest_is_read_from_its_last_line(gpu_session):
     output = f"..F\n{failures[0]}\n1 failed, 7 passed, 3790 deselected in 60.1s (0:01:00)\n"
     assert gpu_steps.summary(output) == {"passed": 7, "failed": 1, "failures": failures}
     assert gpu_steps.summary("") == {"failures": []}
+
+
+@pytest.fixture(scope="module")
+def on_paper():
+    return load("on_paper")
+
+
+def rows_on_paper():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    lines = page.partition("<!-- on paper -->\n")[2].partition("<!-- /on paper -->")[0].splitlines()[2:]
+    return {line.split("`")[1]: line for line in lines}
+
+
+def test_attention_norms_and_launches_of_every_preset_stay_below_their_limits():
+    rows = rows_on_paper()
+    assert sorted(rows) == sorted(path.stem for path in (ROOT / "config" / "presets").glob("*.json"))
+    for name, row in rows.items():
+        launches, *times = [float(cell.strip(" %").replace(",", "")) for cell in row.split("|")[3:-1]]
+        assert launches <= 15_000, name
+        assert max(times[1::3]) <= 8, name  # per cent of a step in attention
+        assert max(times[2::3]) <= 4, name  # in norms
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-8gb", "qwen2.5-1.5b-8gb"])
+def test_the_table_on_paper_is_the_generated_one(on_paper, name):
+    figures = on_paper.figures(ROOT / "config" / "presets" / f"{name}.json")
+    assert rows_on_paper()[name] == on_paper.row(figures), "run python benchmarks/on_paper.py"

@@ -50,7 +50,7 @@ class Paper(TorchDispatchMode):
         self.live = self.peak = 0
         self.kernels: list[Kernel] = []
         self._sizes: dict[int, int] = {}
-        self._asked = _Pretence(self.device)
+        self._asked = _Pretence(self)
 
     def __enter__(self) -> "Paper":
         self._patches = _patched(self.device, self.dtype)
@@ -81,6 +81,15 @@ class Paper(TorchDispatchMode):
         engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
         ones = (torch.ones_like(loss),)
         engine.run_backward((loss,), ones, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+    def norm(self, x: torch.Tensor, _: Any, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """RMS norm of `x`, and 1 / rms(x) in float32, as CUDA's kernel computes them in one pass.
+
+        Without that kernel, as on the meta device, torch takes the norm apart into operations on copies in float32.
+        """
+        out = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=META)
+        self.kernels.append(_kernel("_fused_rms_norm", (), [x, weight], [*out]))
+        return out
 
     def _release(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
@@ -142,11 +151,11 @@ _DEVICE = {torch.Tensor.device: lambda device: device, torch.Tensor.is_cuda: lam
 
 
 class _Pretence(TorchFunctionMode):
-    """Says that tensors of the meta device lie on `device`, and makes there what Python wants on it."""
+    """Says that tensors of the meta device lie on the paper's, and makes there what Python wants on that."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, paper: Paper) -> None:
         super().__init__()
-        self.device = device
+        self.paper, self.device = paper, paper.device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
@@ -156,6 +165,8 @@ class _Pretence(TorchFunctionMode):
             return func(*args) if answer is None else answer(self.device)
         if func is F.scaled_dot_product_attention and first is not None and _is_meta(first):
             return _fused_attention(*args, **options)
+        if getattr(func, "__name__", "") == "_fused_rms_norm":
+            return self.paper.norm(*args)
         if func is torch.Tensor.pin_memory:
             return first
         if func is torch.Tensor.to:

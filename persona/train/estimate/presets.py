@@ -55,12 +55,20 @@ def full_pack(tokens: int) -> list[Example]:
 def memory_table(presets: Path) -> str:
     """A Markdown table of the memory that each preset in the folder `presets` needs, in GiB."""
     lines = [
-        "| preset | `max_tokens_per_pack` | weights | adapter, gradients, optimizer | activations, workspace | trial | "
+        "| preset | `max_tokens_per_pack` | weights | adapter, gradients, optimizer | activations, workspace | "
         "**on the GPU** | pack halved | left with Windows |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     order = sorted(presets.glob("*.json"), key=lambda path: (gpu_size(path), path.stem))
     return "\n".join([*lines, *map(memory_row, order)]) + "\n"
+
+
+def on_paper(preset: Path) -> tuple[OnPaper, int]:
+    """The model of the file `preset` on paper, on a GPU in bf16, and the tokens of a full pack."""
+    config = load_config(preset, [])
+    checkpointing, shape = config.training.gradient_checkpointing, model_config(config.model.name_or_path)
+    setup = Setup(shape, config.lora, config.quantization, "bf16", "cuda", "adamw_8bit", checkpointing)
+    return OnPaper(setup), config.training.pack_limit
 
 
 def gpu_size(preset: Path) -> int:
@@ -70,16 +78,13 @@ def gpu_size(preset: Path) -> int:
 
 def memory_row(path: Path) -> str:
     """The row of one preset."""
-    config = load_config(path, [])
-    training, limit = config.training, config.training.pack_limit
-    paper = OnPaper(Setup(model_config(config.model.name_or_path), config.lora, config.quantization, "bf16", "cuda",
-                          "adamw_8bit", training.gradient_checkpointing))  # fmt: skip
+    paper, limit = on_paper(path)
     steps = [paper.step(full_pack(tokens)) for tokens in (limit, limit // 2)]
     trial = paper.trial(full_pack(limit))
     needs = [with_losses(step.parts, "cuda") + max(trial - step.peak, 0) for step in steps]
     parts = list(steps[0].parts.values())
     room = gpu_size(path) * GIB - WINDOWS_KEEPS
-    figures = [sum(parts[:2]), sum(parts[2:5]), sum(parts[5:]), max(trial - steps[0].peak, 0)]
+    figures = [sum(parts[:2]), sum(parts[2:5]), sum(parts[5:])]
     cells = [f"`{path.name}`", f"{limit:,}", *(f"{value / GIB:.1f}" for value in figures)]
     cells += [f"**{needs[0] / GIB:.1f}**", f"{needs[1] / GIB:.1f}", f"{1 - needs[0] / room:.0%}"]
     return f"| {' | '.join(cells)} |"

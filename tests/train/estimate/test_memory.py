@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from persona.config import Lora, Quantization
 from persona.engine.attention import NAME
-from persona.engine.fused import fuse
+from persona.engine.fused import _Norm, fuse
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import count_tokens, pack, plan_packs
 from persona.engine.trial import prepare_layout
 from persona.model.loading import add_adapter
 from persona.train.estimate.memory import OnPaper, Setup
+from persona.train.estimate.paper import META, Paper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,3 +138,16 @@ def test_the_trial_of_a_checkpointed_run_is_checkpointed():
     config = model("qwen3", num_hidden_layers=12).config
     with_all, checkpointed = (OnPaper(setup(config, checkpointing)).trial(GROUP) for checkpointing in (False, True))
     assert checkpointed < 0.8 * with_all
+
+
+def test_a_norm_on_a_gpu_is_one_kernel_forward_and_one_backward():
+    with Paper(torch.device("cuda"), torch.bfloat16) as paper:
+        x, weight = (torch.empty(size, dtype=torch.bfloat16, device=META) for size in ((100, 64), (64,)))
+        lasting, one, row = paper.live, 100 * 64 * 2, 100 * 4
+        y = _Norm.apply(x.requires_grad_(), weight, 1e-6)
+        assert paper.live == lasting + one + row  # the result, and 1 / rms of each row in float32
+        paper.backward(y)
+    assert [(kernel.name, kernel.moved) for kernel in paper.kernels if kernel.name != "ones_like"] == [
+        ("_fused_rms_norm", 2 * one + row + 2 * 64),
+        ("_fused_rms_norm_backward", 3 * one + row + 2 * 64),
+    ]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from persona.config import load_config
-from persona.train.estimate.presets import gpu_size, memory_row, model_config
+from persona.train.estimate.presets import full_pack, gpu_size, memory_row, model_config, on_paper
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted((ROOT / "config" / "presets").glob("*.json"))
@@ -30,6 +30,12 @@ def test_every_preset_has_a_row_and_leaves_a_tenth():
 def test_the_table_of_memory_is_the_generated_one(name):
     path = ROOT / "config" / "presets" / f"{name}.json"
     assert rows()[path.name] == memory_row(path), "run python -m persona.train.estimate.presets"
+
+
+def test_the_trial_before_the_first_update_needs_less_than_a_step():
+    paper, limit = on_paper(ROOT / "config" / "presets" / "qwen3-4b-6gb.json")  # the least pack
+    examples = full_pack(limit)
+    assert paper.trial(examples) < paper.step(examples).peak
 
 
 def test_presets_are_for_gpus_and_their_models_are_known():
