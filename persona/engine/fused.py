@@ -74,7 +74,7 @@ def _adapted(module: Any, without: Any, x: torch.Tensor, *args: Any, **options: 
         return torch.add(module.base_layer(x), low @ b.weight.to(x.dtype).T, alpha=module.scaling[name])
     drawn = _drawn(module.lora_dropout[name])
     y: Any = _Adapted.apply(x, *factors, a.weight, b.weight, module.base_layer, module.scaling[name], *drawn)
-    return y
+    return y.view(*x.shape[:-1], -1)  # not inside, since Llama 4 adds to it in place
 
 
 def _is_decoding(module: Any, x: torch.Tensor) -> bool:
@@ -112,14 +112,14 @@ class _Adapted(torch.autograd.Function):
         # saved, and not held by `ctx`: activation checkpointing frees only saved tensors
         ctx.save_for_backward(x if gate is None else None, gate, up, low, a, b)
         ctx.base, ctx.scale, ctx.share, ctx.seed = base, scale, share, seed
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, gate, up, low, a, b = ctx.saved_tensors
         x = _product(gate, up) if x is None else x
         d = x
-        grad = grads[0].to(x.dtype).flatten(0, -2)
+        grad = grads[0].to(x.dtype)
         grad_low = (grad @ b).mul_(ctx.scale)
         mask = _mask(x, ctx.share, ctx.seed) if ctx.share else None
         grad_x = None

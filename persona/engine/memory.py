@@ -115,7 +115,7 @@ def _kept_numbers(model: Any, group: Sequence[Example], share: bool) -> float:
     Only the ratios of the three matter, to choose among packs.
     """
     words, hidden = model.get_output_embeddings().weight.shape
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     width = sum(one.in_features + one.out_features for one in model.modules() if hasattr(one, "lora_A")) / layers
     kept = layers * hidden + width if model.is_gradient_checkpointing else layers * width
     learned = sum(len(example.reply_ids) for example in group)

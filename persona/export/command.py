@@ -110,6 +110,11 @@ def _write_model(output: Path, llama_cpp: Path, outtype: str, tuned: Tuned) -> s
             f"{report.unknown} tensors could not be compared, since it is not known here how llama.cpp arranges "
             f"them in a {report.architecture} model; talk to it before you rely on it"
         )
+    if report.outside:
+        notes.append(
+            f"{report.outside} tensors that read pictures or sound are not in it; llama.cpp's {MODEL_SCRIPT} with "
+            "--mmproj writes them into a file of their own"
+        )
     summary = (
         f"Written {output} ({report.architecture}, {report.type_name}): {compared}, vocabulary, end "
         f"tokens and chat template are those of {tuned.merged}; largest rounding {report.largest_error:.1e}."

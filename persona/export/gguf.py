@@ -30,12 +30,11 @@ from persona.export.llama_cpp import (
     check_checkout,
     check_space,
     run_converter,
-    text_config,
 )
 from persona.files import ADAPTER_WEIGHTS, appearing_file, check_file, read_json, scratch, write_json
 from persona.merge.adapter import PREFIX, read_adapter
 from persona.merge.changes import LowRank
-from persona.model.folders import tensor_index
+from persona.model.folders import tensor_index, text_config
 from persona.model.render import ChatFormat
 
 

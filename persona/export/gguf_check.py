@@ -28,14 +28,13 @@ from gguf import (
 from safetensors import safe_open
 
 from persona.errors import DataError
-from persona.export.llama_cpp import text_config
 from persona.files import JsonObject
-from persona.model.folders import tensor_index
+from persona.model.folders import read_config, tensor_index, text_config
 from persona.model.render import ChatFormat, Message, prompt_text
 
 # How the converter (conversion/*.py of llama.cpp) arranges weights, by model_type of config.json. Rows of q and k are
 # put in the order of the rotary embedding that llama.cpp has for these:
-_PERMUTED = {"llama", "mistral", "mixtral", "smollm3", "granite", "granitemoe"}
+_PERMUTED = {"llama", "mistral", "ministral3", "mixtral", "smollm3", "granite", "granitemoe"}
 # a norm's weight is stored plus one:
 _NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3", "gemma3_text"}
 # linear layers are stored as (in, out), GPT-2's Conv1D:
@@ -57,6 +56,8 @@ class GGUFReport:
     """The largest rounding of a weight."""
     unknown: int
     """Tensors that could not be compared, because it is not known here how the converter arranges them."""
+    outside: int
+    """Tensors of the model that read pictures or sound, which a GGUF file of the text does not hold."""
     architecture: str
     type_name: str
     adds_bos: bool
@@ -83,8 +84,12 @@ def compare_weights(reader: GGUFReader, model: Path) -> GGUFReport:
     to_gguf, tied = tensor_names(architecture, config), config.get("tie_word_embeddings")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     compared, problems, largest, index = set[str](), list[str](), 0.0, tensor_index(model)
+    outside, has_towers = 0, "text_config" in read_config(model)
     for name, (path, _, info) in index.items():
         target, expert = _target(name, to_gguf)
+        if has_towers and target is None and "language_model." not in name:
+            outside += 1
+            continue
         if target is None or target not in stored:
             problems += [] if tied and name.startswith("lm_head") else [f"{name} is missing"]
             continue
@@ -103,7 +108,8 @@ def compare_weights(reader: GGUFReader, model: Path) -> GGUFReport:
     if problems:
         raise DataError(listed(problems))
     types = {tensor.tensor_type.name for tensor in reader.tensors if tensor.n_elements > 2**12} or {"F32"}
-    return GGUFReport(len(index), largest, unknown, architecture, "/".join(sorted(types)), adds_bos(fields))
+    count, type_name = len(index) - outside, "/".join(sorted(types))
+    return GGUFReport(count, largest, unknown, outside, architecture, type_name, adds_bos(fields))
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -123,6 +129,7 @@ def tensor_names(architecture: str, config: JsonObject) -> Callable[[str], str |
     names = get_tensor_name_map(known[architecture], config.get("num_hidden_layers") or config.get("n_layer") or 0)
 
     def to_gguf(name: str) -> str | None:
+        name = name.replace("language_model.", "")  # of a model with towers
         shorter = (name, name.removeprefix("transformer."), name.removeprefix("model."))  # as some converters do
         targets = (names.get_name(candidate, try_suffixes=(".weight", ".bias")) for candidate in shorter)
         return next((target for target in targets if target is not None), None)

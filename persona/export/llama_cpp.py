@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from persona.errors import EnvironmentFault, UsageError
 from persona.files import JsonObject
-from persona.model.folders import read_config, tensor_index
+from persona.model.folders import read_config, tensor_index, text_config
 
 MODEL_SCRIPT = "convert_hf_to_gguf.py"
 ADAPTER_SCRIPT = "convert_lora_to_gguf.py"
@@ -41,12 +41,6 @@ def check_checkout(folder: Path, script: str) -> Path:
         "`git clone --depth 1 https://github.com/ggml-org/llama.cpp`. (Programs alone, as in its releases, cannot "
         "convert.)"
     )
-
-
-def text_config(model: Path) -> JsonObject:
-    """The config.json of `model`, or its part for the text if it reads images too."""
-    config = read_config(model)
-    return config.get("text_config") or config
 
 
 def check_model(model: Path, tokenizer: Any, folder: Path) -> None:

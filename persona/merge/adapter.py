@@ -17,11 +17,11 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona.errors import DataError, UsageError
 from persona.files import ADAPTER_WEIGHTS, read_json
 from persona.merge.changes import Added, Change, Decomposed, LowRank, Replaced, Rows
+from persona.model.architecture import skeleton
 from persona.model.folders import check_safetensors
 
 PREFIX = "base_model.model."
@@ -42,17 +42,6 @@ class Adapter:
     """Parameter -> the one whose weights it shares, adapter included."""
     untied: dict[str, str]
     """Parameter -> the one whose weights it shared before the adapter made them differ."""
-
-
-def skeleton(base: Path) -> Any:
-    """The model in `base` without weights, on torch's meta device; raises `UsageError` for one of unknown kind."""
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"The model in {base} is of a kind that cannot be merged: {reason}") from None
 
 
 def read_adapter(folder: Path, base: Path) -> Adapter:

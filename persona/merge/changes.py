@@ -13,6 +13,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 
 from persona.config import Quantization
+from persona.model.architecture import language_modules, layers_in_4_bits
 
 
 class Change(ABC):
@@ -135,10 +136,10 @@ class Dequantized(Change):
 
 
 def dequantized_weights(model: Any, four_bits: FourBits) -> dict[str, Dequantized]:
-    """The change of each weight of `model` that training holds in 4 bits: all linear layers but the output layer."""
-    head, changes = model.get_output_embeddings(), {}
-    for name, module in model.named_modules():
-        transposed = type(module).__name__ == "Conv1D"
-        if module is not head and (transposed or isinstance(module, nn.Linear)):
-            changes[f"{name}.weight"] = Dequantized(four_bits, transposed)
-    return changes
+    """The change of each weight of the language part of `model` that training holds in 4 bits."""
+    inside = language_modules(model)
+    return {
+        f"{name}.weight": Dequantized(four_bits, type(layer) is not nn.Linear)  # else GPT-2's Conv1D
+        for name, layer in layers_in_4_bits(model).items()
+        if layer in inside
+    }

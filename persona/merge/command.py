@@ -44,7 +44,8 @@ def merge_and_verify(
     weights = report.weights
     yield (
         f"Merged {adapter} into {config.model.name_or_path}: {weights.changed} of {weights.tensors} tensors changed, "
-        f"all finite, largest change {weights.largest_change:.4f}; {config.export.dtype} in {weights.shards} file(s)."
+        f"{weights.untouched} are the base's byte for byte, all finite, largest change {weights.largest_change:.4f}; "
+        f"{config.export.dtype} in {weights.shards} file(s)."
     )
     if not report.base_checked:
         yield "This adapter does not say which weights it was trained on; only shapes were compared."

@@ -19,10 +19,12 @@ from persona.errors import EnvironmentFault, UsageError
 from persona.files import ADAPTER_WEIGHTS, JsonObject, check_folder, file_sha256, read_json, write_json, write_text
 from persona.merge.weights import Output
 from persona.model.adapters import PERSONA, TOKENIZER_FILES, copy_tokenizer, merged_name, model_card, read_persona
-from persona.model.loading import trained_format
+from persona.model.loading import CHAT_TEMPLATE_OF_TOWERS, trained_format
 
 _OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", "README.md", "run.json", PERSONA}
-_OWN_FILES |= {*TOKENIZER_FILES}
+# The settings by which a model that reads pictures or sound prepares them
+_TOWER_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_OWN_FILES |= {*TOKENIZER_FILES, *_TOWER_FILES, CHAT_TEMPLATE_OF_TOWERS}
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _REST_BYTES = 64 * 2**20  # tokenizer and settings: the largest tokenizer.json known has 34 MB
 # The sampling that a base's own generation_config.json may hold; ours replaces all of it
@@ -79,11 +81,15 @@ def write_rest(
     """
     dtype_name, persona = str(dtype).removeprefix("torch."), read_persona(adapter)
     config = read_json(base / "config.json")
-    config.pop("torch_dtype", None)
+    config["dtype"] = dtype_name
     for section in (config, config.get("text_config")):
-        if untied and isinstance(section, dict):
-            section["tie_word_embeddings"] = False
-    write_json(folder / "config.json", config | {"dtype": dtype_name})
+        if isinstance(section, dict):
+            section |= {"tie_word_embeddings": False} if untied else {}
+            section |= {"dtype": dtype_name} if section.pop("torch_dtype", None) or "dtype" in section else {}
+    write_json(folder / "config.json", config)
+    for name in _TOWER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
     fmt = trained_format(base, adapter)
     copy_tokenizer(base, folder, fmt.tokenizer.chat_template)
     path = base / "generation_config.json"

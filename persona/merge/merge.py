@@ -26,12 +26,13 @@ from transformers.core_model_loading import (
 from persona.config import Generation
 from persona.errors import EnvironmentFault, UsageError
 from persona.files import appearing, recover, rename, scratch
-from persona.merge.adapter import Adapter, read_adapter, skeleton
+from persona.merge.adapter import Adapter, read_adapter
 from persona.merge.changes import Change, FourBits, LowRank, dequantized_weights
 from persona.merge.folder import check_output, check_space, write_rest
 from persona.merge.verify import Proof, Verdict, verify
 from persona.merge.weights import Output, WeightsReport, stored_tensors, write_weights
 from persona.model.adapters import check_base
+from persona.model.architecture import language_modules, skeleton
 from persona.model.folders import check_model_folder
 
 
@@ -161,7 +162,8 @@ def plan_tensors(base: Path, adapter: Adapter, dtype: torch.dtype) -> list[Outpu
     """
     stored, model = stored_tensors(base), skeleton(base)
     places = parts(list(stored), model)
-    wide = _kept_in_float32(model)
+    wide, inside = _kept_in_float32(model), language_modules(model)
+    language = {f"{path}.{name}" for path, one in model.named_modules() if one in inside for name in _tensors(one)}
     tensors, reached = [], set[str]()
     for name, tensor in stored.items():
         part = places.get(name, Part(""))
@@ -171,7 +173,8 @@ def plan_tensors(base: Path, adapter: Adapter, dtype: torch.dtype) -> list[Outpu
             changes = _changes_of_part(changes, part, parameter, name)
             reached.add(parameter)
         kept = tensor.dtype == torch.float32 and wide is not None and wide.search(name)
-        target = dtype if tensor.dtype.is_floating_point and not kept else tensor.dtype
+        written = part.parameter in language and tensor.dtype.is_floating_point and not kept
+        target = dtype if written else tensor.dtype  # towers and what transformers does not read stay as they are
         tensors.append(Output(name, tensor, target, changes, part.first_row))
     by_parameter = {part.parameter: name for name, part in places.items()}
     for parameter, source in adapter.untied.items():
@@ -183,6 +186,11 @@ def plan_tensors(base: Path, adapter: Adapter, dtype: torch.dtype) -> list[Outpu
     if lost := sorted(adapter.changes.keys() - reached):
         raise UsageError(f"The adapter changes {lost[0]}, which the files of {base} do not have.")
     return tensors
+
+
+def _tensors(module: Any) -> list[str]:
+    """The names of the tensors of `module` itself."""
+    return [*module._parameters, *module._buffers]
 
 
 def _changes_of_part(changes: Sequence[Change], part: Part, parameter: str, name: str) -> Sequence[Change]:

@@ -18,9 +18,9 @@ from persona.engine.attention import take_over
 from persona.engine.loss import supervised_logits
 from persona.engine.packing import pack
 from persona.errors import DataError, PersonaError, VerificationFailed
-from persona.merge.adapter import skeleton
 from persona.merge.changes import FourBits, dequantized_weights
 from persona.model.adapters import read_persona
+from persona.model.architecture import skeleton
 from persona.model.dataset import render_records
 from persona.model.device import enough_memory
 from persona.model.loading import load_adapter, load_base, trained_format

@@ -141,6 +141,8 @@ class WeightsReport:
     shards: int = 0
     changed: int = 0
     """Tensors that differ from the base's after rounding."""
+    untouched: int = 0
+    """Tensors that are the base's, byte for byte."""
     largest_change: float = 0.0
     """The largest difference of a number before rounding."""
     beyond: int = 0
@@ -172,6 +174,7 @@ def write_weights(tensors: Sequence[Output], folder: Path, shard_bytes: int, dty
         for job in [pool.submit(_write_tensor, *job) for job in jobs]:
             one = job.result()
             report.changed += one.changed
+            report.untouched += one.untouched
             report.largest_change = max(report.largest_change, one.largest_change)
             report.beyond += one.beyond
             report.beyond_in = report.beyond_in or one.beyond_in
@@ -211,6 +214,7 @@ def _check_numbers(report: WeightsReport, dtype: torch.dtype) -> None:
 def _write_tensor(tensor: Output, path: Path, place: int) -> WeightsReport:
     """Write a tensor at `place` of the file; after the first number out of range such numbers are only counted."""
     report, limit = WeightsReport(), torch.finfo(tensor.dtype).max if tensor.dtype.is_floating_point else 0.0
+    report.untouched = int(not tensor.changes and tensor.dtype == tensor.source.dtype)
     with path.open("r+b", buffering=0) as file:
         file.seek(place)
         for start, stored in tensor.source.blocks(any(change.whole for change in tensor.changes)):
@@ -220,7 +224,7 @@ def _write_tensor(tensor: Output, path: Path, place: int) -> WeightsReport:
             merged = stored.to(torch.float32, copy=bool(tensor.changes))
             for change in tensor.changes:
                 merged = change.apply(merged, tensor.first_row + start)
-            rounded = merged.to(tensor.dtype)
+            rounded = stored if report.untouched else merged.to(tensor.dtype)
             low, high = map(float, merged.aminmax())
             if not -limit <= low <= high <= limit:  # also for NaN
                 if not torch.isfinite(stored).all():

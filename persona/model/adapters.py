@@ -19,7 +19,7 @@ PERSONA = "persona.json"
 # and saved again loses the hash by which llama.cpp's converter knows it.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
 )
 
 

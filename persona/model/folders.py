@@ -18,6 +18,12 @@ def read_config(folder: Path) -> JsonObject:
     return read_json(path) if path.is_file() else {}
 
 
+def text_config(folder: Path) -> JsonObject:
+    """The config.json in `folder`, or its part for the text if the model reads pictures or sound too."""
+    config = read_config(folder)
+    return config.get("text_config") or config
+
+
 def missing_parts(folder: Path, weights: bool = True) -> list[str]:
     """The files that `folder` lacks to be a loadable model, or without `weights` to tell of one."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
@@ -59,7 +65,8 @@ def check_model_folder(folder: Path, weights: bool = True) -> Path:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise UsageError(
             f"{folder} is already quantized ({method}). Training and merging start from the 16-bit weights; "
-            "download the original model, it is held in 4 bits while training."
+            "download the original model, it is held in 4 bits while training. (The 16-bit weights of models that are "
+            "published in 8 or 4 bits are often in a repository of their own, with BF16 in its name.)"
         )
     missing = missing_parts(folder, weights)
     if missing:

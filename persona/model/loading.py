@@ -13,13 +13,22 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from persona.config import Lora, Quantization
 from persona.errors import EnvironmentFault, UsageError
-from persona.files import AGAIN
+from persona.files import AGAIN, read_json
 from persona.model.adapters import read_persona
+from persona.model.architecture import (
+    layers_in_4_bits,
+    linear_names,
+    model_class,
+    read_architecture,
+    skeleton,
+    stacked_experts,
+    text_layers,
+)
 from persona.model.device import DTYPES
 from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format, freeze_date
 
@@ -28,6 +37,8 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+# Older models that read pictures have it. It is never copied: processors prefer it to the trained chat_template.jinja.
+CHAT_TEMPLATE_OF_TOWERS = "chat_template.json"
 # Texts that transformers has encoded otherwise than the tokenizer's own file says (transformers #45488)
 _PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "don't 3.14 é 你好，世界。", "\ttab (x)")
 
@@ -52,6 +63,9 @@ def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
             raise UsageError(f"model.chat_template: {path} is not UTF-8 text.") from None
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
+    legacy = folder / CHAT_TEMPLATE_OF_TOWERS
+    if not tokenizer.chat_template and legacy.is_file():
+        tokenizer.chat_template = read_json(legacy).get("chat_template")
     if not tokenizer.chat_template:
         if not tokenizer.eos_token:
             raise UsageError(f"The tokenizer in {folder} has neither a chat template nor an end token; it cannot chat.")
@@ -95,16 +109,15 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
     """
     dtype = DTYPES[precision]
     if quantization.load_in_4bit:
-        _refuse_experts(folder, dtype)
+        refuse_experts(skeleton(folder), dtype)
     in_4bit = BitsAndBytesConfig(  # each is set, since bitsandbytes' own defaults are fp4 without double quantization
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    load: Any = AutoModelForCausalLM.from_pretrained  # its type does not know output_loading_info
     try:
-        model, info = load(
+        model, info = model_class(read_architecture(folder)).from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": str(device)},
@@ -132,21 +145,13 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
     return model
 
 
-def _refuse_experts(folder: Path, dtype: torch.dtype) -> None:
-    """Raise `UsageError` if most weights of the model in `folder` are experts, which stay as they are with 4 bits.
+def refuse_experts(model: Any, dtype: torch.dtype) -> None:
+    """Raise `UsageError` if experts are more of `model` than all that 4 bits hold: they stay as they are.
 
     transformers holds the experts of a layer in one tensor, and quantizes only linear layers.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if "expert" not in str(config.to_dict()):
-            return
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError):
-        return  # loading explains it
-    experts = sum(weight.numel() for weight in model.parameters() if weight.ndim == 3)
-    linear = sum(module.weight.numel() for module in text_layers(model).values())
+    experts = stacked_experts(model)
+    linear = sum(layer.weight.numel() for layer in layers_in_4_bits(model).values())
     if experts <= linear:
         return
     whole, gib = sum(weight.numel() for weight in model.parameters()), dtype.itemsize / 2**30
@@ -177,23 +182,6 @@ def keep_gradients_in_4bit(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - bitsandbytes' layers are not typed
-
-
-def text_layers(model: Any) -> dict[str, Any]:
-    """The linear layers that compute the text, by name: without the output layer, and without towers for pictures.
-
-    A router of experts may be a subclass of a linear layer and return two tensors, which no adapter can take.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    inside = set(decoder.modules())
-    kinds = ("Linear", "Linear4bit", "Conv1D")  # the last is GPT-2's
-    layers = {name: layer for name, layer in model.named_modules() if layer in inside and layer is not head}
-    return {name: layer for name, layer in layers.items() if type(layer).__name__ in kinds}
-
-
-def linear_names(model: Any) -> list[str]:
-    """The last parts of the names of `text_layers`, in order of appearance."""
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in text_layers(model)))
 
 
 def _targets(model: Any, lora: Lora) -> list[str]:
@@ -230,6 +218,7 @@ def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:
     except ValueError as error:  # Mamba's last projection
         raise UsageError(f"lora.target_modules: {error} Name those it may be, of: {known}.") from None
     adapted.peft_config["default"].base_model_name_or_path = base_name
+    adapted.peft_config["default"].target_parameters = None  # of some experts' models PEFT makes it an empty set
     return adapted
 
 
@@ -252,9 +241,9 @@ def shard_base(model: Any, device: torch.device, count: int) -> None:
     the same as without. Raises `UsageError` for an unknown architecture.
     """
     base = model.get_base_model()
-    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList))
-    layers = max(lists, key=lambda one: sum(weight.numel() for weight in one.parameters()), default=None)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
+    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList))
+    layers = max(lists, key=lambda one: sum(weight.numel() for weight in one.parameters()), default=None)
     if layers is None or decoder is None or decoder is base:
         raise UsageError(f"FSDP cannot share out a {base.config.model_type} model; train it without.")
     whole = {weight for weight in model.parameters() if weight.requires_grad} | set(head.parameters())

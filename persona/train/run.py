@@ -19,6 +19,7 @@ from persona.engine.trial import keep_rows, prepare_layout
 from persona.errors import UsageError
 from persona.files import JsonObject, write_json, write_text
 from persona.model.adapters import Persona, model_card, write_adapter
+from persona.model.architecture import linear_names, looks_ahead, stacked_experts
 from persona.model.dataset import Dataset, Records, read_data, render_records, with_system
 from persona.model.device import (
     choose_device,
@@ -28,9 +29,9 @@ from persona.model.device import (
     stay_in_gpu,
     unused_gpu,
 )
-from persona.model.folders import read_config
+from persona.model.folders import text_config
 from persona.model.loading import add_adapter, held_in_4_bits, load_base, load_tokenizer, shard_base
-from persona.model.render import ChatFormat, chat_format
+from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format
 from persona.model.sources import resolve_model
 from persona.model.token_cache import decode
 from persona.speak.speaker import Speaker
@@ -190,7 +191,7 @@ def prepare(config: Config, day: date, weights: bool = True) -> Material:
     """
     data, limit = read_data(config.data, config.seed), config.data.max_length
     base = resolve_model(config.model.name_or_path, weights)
-    longest = read_config(base).get("max_position_embeddings")
+    longest = text_config(base).get("max_position_embeddings")
     if longest is not None and limit > longest:
         raise UsageError(f"data.max_length is {limit}, but this model reads at most {longest} tokens; lower it.")
     fmt = chat_format(load_tokenizer(base, config.model.chat_template, day))
@@ -210,6 +211,11 @@ def _notes(data: Records, fmt: ChatFormat, train: Dataset, held_out: Dataset) ->
         )
     if data.system is not None and all(record.system not in (None, data.system) for record in train.records):
         notes.append("every conversation has a system prompt of its own; data.system_prompt is learned by none of them")
+    if fmt.tokenizer.chat_template == BUILTIN_TEMPLATE:
+        notes.append(
+            "this model has no chat template, so it learns the built-in one (### User: ..., ### Assistant: ...), which "
+            "the adapter, a merged model and a GGUF file carry with them (docs/models.md)"
+        )
     left_out = [*train.left_out, *held_out.left_out]
     if left_out:
         notes.append(f"{len(left_out)} conversations are left out, as they cannot be learned exactly:")
@@ -236,6 +242,11 @@ def _load_model(material: Material, base_name: str, precision: str, accelerator:
     # a base that is sharded may be larger than one device
     place = torch.device("cpu") if devices.sharded else accelerator.device
     base = load_base(material.base, config.quantization, precision, place)
+    if looks_ahead(base):
+        raise UsageError(
+            f"In the {base.config.model_type} model {base_name} each token sees those behind it: in training it would "
+            "copy the reply instead of learning to write it. Choose a model that reads from left to right."
+        )
     if config.training.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = add_adapter(base, config.lora, config.seed, base_name)
@@ -292,6 +303,11 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
         ("TensorBoard", f"tensorboard --logdir logs  (this run: {log_folder(trainer.run).as_posix()})"),
     ]  # fmt: skip
     notes = [*material.notes, *filter(None, [unused_gpu(config.model.device, trainer.device)])]
+    base = trainer.model.get_base_model()
+    if experts := 0 if trainer.devices.sharded else stacked_experts(base):
+        notes.append(
+            f"the experts, {experts:,} weights, stay as they are; the adapter is on {', '.join(linear_names(base))}"
+        )
     limits = (trainer.packs, trainer.held_out_packs, trainer.samples_at_once)
     notes += [f"{limit.unit.format(limit.size)}, since the memory was full before" for limit in limits if limit.halved]
     if trainer.devices.sharded and config.evaluation.sample_prompts and held_out.records:

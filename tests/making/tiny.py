@@ -273,6 +273,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None,
         "max_position_embeddings": None,
     },
+    "qwen2_moe": {"num_experts_per_tok": 2},
+    "jetmoe": {"num_experts_per_tok": 2},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
     "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
@@ -288,10 +290,76 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+_TEXT: dict[str, Any] = {"head_dim": 16, "pad_token_id": 0}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_DELTA: dict[str, Any] = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    **{"linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"]},
+}
+_FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_TOWER: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14},
+}
+_QWEN_TOWER: dict[str, Any] = {
+    **{"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64},
+    **{"patch_size": 14, "spatial_merge_size": 1, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+}
+# Models that read pictures: what their decoder of text has beside the common sizes, and their tower
+WRAPPERS: dict[str, dict[str, dict[str, Any]]] = {
+    "mistral3": {
+        "text_config": {**_TEXT, "model_type": "ministral3"},
+        "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 16},
+    },
+    "gemma3": {"text_config": {**_TEXT, "sliding_window": 16}, "vision_config": _TOWER},
+    "gemma4": {
+        "text_config": {**_TEXT, "global_head_dim": 16, "hidden_size_per_layer_input": 16, "sliding_window": 16},
+        "vision_config": {**_TOWER, "num_key_value_heads": 2, "head_dim": 16},
+    },
+    "qwen3_5": {"text_config": {**_TEXT, **_DELTA}, "vision_config": _QWEN_TOWER},
+    "qwen3_5_moe": {
+        "text_config": {**_TEXT, **_DELTA, **_FEW_EXPERTS, "shared_expert_intermediate_size": 32},
+        "vision_config": _QWEN_TOWER,
+    },
+    "qwen3_vl": {"text_config": {**_TEXT, **_ROPE}, "vision_config": _QWEN_TOWER},
+    "llama4": {
+        "text_config": {**_TEXT, "num_local_experts": 4, "intermediate_size_mlp": 64},
+        "vision_config": {
+            **{**_TOWER, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        },
+    },
+    "llava": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_TOWER, "model_type": "clip_vision_model"},
+    },
+    "internvl": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
+    },
+    "paligemma": {
+        "text_config": {**_TEXT, "model_type": "gemma"},
+        "vision_config": {**_TOWER, "model_type": "siglip_vision_model", "projection_dim": 64},
+    },
+}
+
+
+def wrapper_config(kind: str, **text: Any) -> Any:
+    """The configuration of a tiny model of a `kind` in WRAPPERS; `text` goes into its part for the text."""
+    from transformers import AutoConfig
+
+    parts = {name: dict(part) for name, part in WRAPPERS[kind].items()}
+    parts["text_config"] = text | parts["text_config"]
+    parts["text_config"].setdefault("vocab_size_per_layer_input", text["vocab_size"])  # Gemma 4's alone
+    if kind != "gemma4":
+        del parts["text_config"]["vocab_size_per_layer_input"]
+    more: dict[str, Any] = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
+    return AutoConfig.for_model(kind, **parts, **more)
+
+
 def model(architecture: str = "llama", vocabulary: int = 512, **config: Any) -> Any:
     """A random two-layer model of 64 dimensions in float32, the same for the same arguments."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -308,6 +376,9 @@ def model(architecture: str = "llama", vocabulary: int = 512, **config: Any) -> 
         chosen.setdefault("sliding_window", None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        if architecture in WRAPPERS:
+            chosen = wrapper_config(architecture, **sizes | config)
+            return AutoModelForImageTextToText.from_config(chosen, dtype=torch.float32)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **chosen), dtype=torch.float32)
 
 

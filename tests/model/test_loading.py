@@ -1,15 +1,23 @@
 """Which layers of a model get an adapter, and how much of it 4 bits hold; on tiny random models of many kinds."""
 
+import json
+import re
+from datetime import date
+
 import pytest
 import torch
 from making.runs import config
-from making.tiny import model, save_model
+from making.tiny import WRAPPERS, family, model, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from persona.config import Lora, Quantization
 from persona.errors import UsageError
-from persona.model.loading import add_adapter, held_in_4_bits, linear_names, load_base
+from persona.model.adapters import copy_tokenizer
+from persona.model.architecture import linear_names, looks_ahead, model_class, text_layers, without_weights
+from persona.model.loading import add_adapter, held_in_4_bits, load_adapter, load_base, load_tokenizer
+from persona.model.render import BUILTIN_TEMPLATE, Example
+from persona.train.estimate.memory import OnPaper, Setup
 from persona.train.run import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +80,82 @@ def test_routers_and_towers_get_no_adapter_and_every_adapter_learns(kind):
     assert not silent
 
 
+ROUTED = {  # architecture: more of its configuration, and the layers that get an adapter
+    "qwen3_moe": ({"mlp_only_layers": [0]}, {"q_proj", "k_proj", "v_proj", "o_proj"}),  # the rest would be the experts
+    "mixtral": ({}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "qwen2_moe": (
+        {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},  # not shared_expert_gate
+    ),
+    "jetmoe": ({"num_local_experts": 4, "kv_channels": 16, "num_key_value_heads": 4, "num_attention_heads": None},
+               {"kv_proj"}),  # its routers are plain linear layers
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ROUTED)
+def test_experts_and_routers_stay_as_they_are(tmp_path, architecture):
+    more, kinds = ROUTED[architecture]
+    base = model(architecture, **more)
+    tuned = add_adapter(base, Lora(r=2, lora_dropout=0), 0, "tiny")
+    assert {name.rpartition(".")[2] for name in adapted(tuned)} == kinds
+    assert not [name for name, weight in tuned.named_parameters() if weight.requires_grad and "expert" in name
+                and "shared_expert" not in name]  # fmt: skip
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        own = tuned.eval()(input_ids=ids).logits
+        tuned.save_pretrained(tmp_path)
+        again = load_adapter(model(architecture, **more), tmp_path).eval()(input_ids=ids).logits
+    torch.testing.assert_close(again, own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(WRAPPERS))
+def test_wrappers_are_tuned_below_their_decoder(kind):
+    base = without_weights(model(kind).config)
+    names = set(text_layers(base))
+    assert len(names) >= 12
+    assert not [
+        name for name in names if re.search(r"vision|visual|projector|embed_vision|router|\.gate$|lm_head", name)
+    ]
+    parts = {part for name in names for part in name.split(".")}
+    assert "language_model" in parts or type(base).__name__.endswith("ForCausalLM")
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "mistral3", "qwen3_5", "mamba", "qwen3_moe", "bloom"])
+def test_a_model_that_sees_ahead_is_known(kind):
+    assert looks_ahead(model(kind).eval()) == (kind == "paligemma")
+
+
+def test_a_model_without_a_decoder_of_text_is_refused(tmp_path):
+    config = AutoConfig.for_model("t5gemma2")
+    with pytest.raises(UsageError, match="t5gemma2 cannot be trained to speak"):
+        model_class(config)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    with pytest.raises(UsageError, match="vit cannot be trained to speak"):
+        load_base(tmp_path, Quantization(load_in_4bit=False), "fp32", CPU)
+
+
+def test_the_chat_template_of_an_older_model_that_reads_pictures(tmp_path, chatml):
+    folder = save_model(tmp_path / "base")
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(folder, None, date(2024, 5, 1)).chat_template == BUILTIN_TEMPLATE
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    assert load_tokenizer(folder, None, date(2024, 5, 1)).chat_template == template
+    copy_tokenizer(folder, tmp_path, "trained")
+    assert not (tmp_path / "chat_template.json").exists()  # processors would prefer it
+
+
+def test_a_base_model_without_a_template_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, lines = save_model(tmp_path / "base", tokenizer=family("builtin")), []
+    (folder / "chat_template.jinja").unlink()
+    finetune(config(tmp_path, folder, train=4, training={"num_train_epochs": 1}), True, lines.append)
+    assert "note: this model has no chat template, so it learns the built-in one (### User:" in "\n".join(lines)
+
+
 def test_a_named_layer_of_a_tower_is_left_out_too():
     tuned = add_adapter(made("gemma3"), Lora(target_modules=["q_proj"]), 0, "tiny")
     assert adapted(tuned) == {f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in range(2)}
@@ -118,6 +202,9 @@ def test_a_model_whose_experts_stay_in_16_bits_is_refused_in_4(tmp_path, archite
     with pytest.raises(UsageError) as refused:
         load_base(folder, Quantization(), "bf16", CPU)
     message = str(refused.value)
+    with pytest.raises(UsageError) as on_paper:  # before anything is loaded
+        OnPaper(Setup(AutoConfig.from_pretrained(folder), Lora(), Quantization(), "bf16", "cuda", "adamw_8bit", True))
+    assert str(on_paper.value) == message
     assert f"only {share}% of this {architecture} model can be held in 4 bits" in message
     assert f"Its experts, {experts}% of its weights, would stay in 16 bits" in message
     assert "--set quantization.load_in_4bit=false" in message
@@ -128,3 +215,26 @@ def test_few_experts_are_held_with_the_share_that_is_true(tmp_path):
     folder = save_model(tmp_path / "base", "qwen3_moe", num_experts=2, moe_intermediate_size=8)
     share, _ = held_in_4_bits(load_base(folder, Quantization(), "bf16", CPU))
     assert 0.2 < share < 0.6
+
+
+@pytest.mark.parametrize("four", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [("llama", {}), ("gpt2", {}), ("gemma4", {}), ("mistral3", {}), ("qwen3_5", {}),
+     ("qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 8})],
+)  # fmt: skip
+def test_the_weights_on_paper_are_those_that_are_loaded(tmp_path, architecture, more, four):
+    folder = save_model(tmp_path / "base", architecture, **more)
+    quantization = Quantization(load_in_4bit=four)
+    base = load_base(folder, quantization, "bf16", CPU)
+    held = sum(map(bytes_of, base.parameters())) + sum(map(bytes_of, base.buffers()))
+    setup = Setup(AutoConfig.from_pretrained(folder), Lora(r=2), quantization, "bf16", "cpu", "adamw_torch", False)
+    parts = OnPaper(setup).step([Example((1, 2, 3), (4, 5))]).parts
+    assert parts["weights in 4 bits"] + parts["other weights"] == held
+    assert (parts["weights in 4 bits"] > 0) == four
+
+
+def bytes_of(tensor):
+    state = getattr(tensor, "quant_state", None)
+    scales = [] if state is None else [state.absmax, state.state2.absmax]
+    return sum(one.numel() * one.element_size() for one in (tensor, *scales))

@@ -8,13 +8,13 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoConfig
 
 from persona.config import Config
 from persona.console import excerpt
 from persona.engine.packing import count_tokens, inputs, plan_packs
 from persona.errors import PersonaError, UsageError
 from persona.files import JsonObject
+from persona.model.architecture import read_architecture
 from persona.model.dataset import Conversation
 from persona.model.render import Example
 from persona.train.estimate.fit import CPU_SHARE, ON_CPU, TIGHT, Room, largest_pack, room_here, with_losses
@@ -38,14 +38,6 @@ class Work:
     """Tokens of the update with the most, in one pack."""
     longest: int
     """Tokens of the longest example."""
-
-
-def read_model_config(base: Path) -> Any:
-    """The configuration in the folder `base`, as transformers reads it; raises `UsageError` if it cannot."""
-    try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise UsageError(f"The model in {base} cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def work_of(config: Config, train: Sequence[Conversation], limit: int, share: bool) -> Work:
@@ -77,7 +69,7 @@ def forecast_here(
     @cache
     def forecast() -> Forecast:
         try:
-            return Forecast(config, train, read_model_config(base), room, precision, optimizer, resident)
+            return Forecast(config, train, read_architecture(base), room, precision, optimizer, resident)
         except PersonaError:
             raise
         except Exception as error:  # of an architecture that does not run without numbers; any library may raise it

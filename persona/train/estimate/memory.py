@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from persona.config import Lora, Quantization
 from persona.engine.attention import IN_FORM
@@ -20,8 +19,9 @@ from persona.engine.fused import fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import pack, plan_packs
 from persona.engine.trial import HEAD, TAIL, TRIAL_BLOCK, plain_loss, trial_examples, why_not, without_chance
+from persona.model.architecture import layers_in_4_bits, without_weights
 from persona.model.device import DTYPES
-from persona.model.loading import add_adapter
+from persona.model.loading import add_adapter, refuse_experts
 from persona.model.render import Example
 from persona.train.estimate.paper import META, Kernel, Paper
 
@@ -71,8 +71,9 @@ class OnPaper:
         self.setup = setup
         dtype = DTYPES[setup.precision]
         config = copy.deepcopy(setup.config)
-        with META:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = without_weights(config, dtype)
+        if setup.quantization.load_in_4bit:
+            refuse_experts(model, dtype)
         self.weights = sum(weight.numel() for weight in model.parameters())
         layers = _layers(model)[1]
         self.depth = len(layers)
@@ -208,9 +209,10 @@ def _state_bytes(optimizer: str, count: int) -> float:
     return 2.0 * (count + 4 * -(-count // 256))
 
 
-def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's layers and their path: the largest list of modules."""
-    lists = ((path, one) for path, one in model.named_modules() if isinstance(one, nn.ModuleList))
+def _layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The decoder's layers and their path: its largest list of modules."""
+    inside = set(model.get_decoder().modules())
+    lists = ((path, one) for path, one in model.named_modules() if isinstance(one, nn.ModuleList) and one in inside)
     return max(lists, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
 
 
@@ -226,26 +228,24 @@ def _cut(model: Any, depth: int) -> None:
 
 
 def _quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> None:
-    """Put 4-bit layers where transformers puts them: for all linear layers but the output layer."""
+    """Put 4-bit layers where transformers puts them, and leave the others, such as stacked experts, in 16 bits."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     make: Any = Params4bit  # typed by its __init__, which does not take what its __new__ does
-    head, kind = model.get_output_embeddings(), quantization.bnb_4bit_quant_type
-    double = quantization.bnb_4bit_use_double_quant
-    for path, module in [
-        (path, one) for path, one in model.named_modules() if type(one) is nn.Linear and one is not head
-    ]:
-        count = module.weight.numel()
+    kind, double = quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant
+    for path, module in layers_in_4_bits(model).items():
+        count, linear = module.weight.numel(), type(module) is nn.Linear
+        out, into = module.weight.shape if linear else module.weight.shape[::-1]  # GPT-2's are transposed
         blocks = -(-count // 64)
         with META:
-            layer = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, double, kind)
+            layer = Linear4bit(into, out, module.bias is not None, dtype, double, kind)
             second = QuantState(
                 torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
             )
             state = QuantState(
                 torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
-                module.weight.shape,
+                torch.Size((out, into)),
                 torch.empty(16),
                 64,
                 kind,
@@ -259,6 +259,6 @@ def _quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> Non
             )
             setattr(layer, "quant_state", state)  # noqa: B010 - bitsandbytes' layers are not typed
             if module.bias is not None:
-                layer.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype), False)
+                layer.bias = nn.Parameter(torch.empty(out, dtype=dtype), False)
         model.set_submodule(path, layer)
     model.is_loaded_in_4bit = True

@@ -16,6 +16,7 @@ import finetune as script
 from persona.config import Config
 from persona.errors import UsageError
 from persona.model import hub
+from persona.model.architecture import read_architecture
 from persona.train.estimate import dry_run as module
 from persona.train.estimate import forecast as forecasts
 from persona.train.estimate.dry_run import dry_run, histogram
@@ -106,7 +107,7 @@ def forecast_in(wanted, model, size):
     """The forecast on a GPU with `size` bytes."""
     train = prepare(wanted, date(2026, 1, 1)).train.conversations
     room = Room("a room", "cuda", size, None, True)
-    return forecasts.Forecast(wanted, train, forecasts.read_model_config(model), room, "fp32", "adamw_torch", 0.0)
+    return forecasts.Forecast(wanted, train, read_architecture(model), room, "fp32", "adamw_torch", 0.0)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.8])
