@@ -282,6 +282,8 @@ def check_metadata(fields: JsonObject, model: Path, fmt: ChatFormat) -> None:
         ("attention.head_count_kv", "num_key_value_heads"),
     ):
         stored, expected = fields.get(f"{architecture}.{name}"), config.get(key)
+        if name == "block_count" and expected is not None:  # llama.cpp counts those of multi-token prediction too
+            expected += fields.get(f"{architecture}.nextn_predict_layers", 0)
         values = stored if isinstance(stored, list) else [stored]
         if None not in (stored, expected) and any(value != expected for value in values):
             problems.append(f"{architecture}.{name} is {stored}, but config.json says {key} {expected}")

@@ -421,13 +421,14 @@ def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mistral3", "gemma3", "gemma4", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["mistral3", "gemma3"])
 def test_the_real_converter_takes_the_text_of_a_model_that_reads_pictures(source, embedded, tmp_path, kind):
     spoken = load_tokenizer(embedded, None, date(2024, 5, 1))
     fmt = chat_format(spoken)
     rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 256}
     rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    own = {"bos_token_id": 1, "eos_token_id": 2} | ({"rope_parameters": rope} if kind == "mistral3" else {})
+    own = {"bos_token_id": 1, "eos_token_id": 2}
+    own |= {"rope_parameters": rope} if kind == "mistral3" else {}
     folder = tmp_path / "a model"
     tiny_random_model(kind, 49152, **own).half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -435,5 +436,5 @@ def test_the_real_converter_takes_the_text_of_a_model_that_reads_pictures(source
     check_model(folder, spoken, source)
     report, _ = convert_model(folder, tmp_path / "m.gguf", source, "f16", fmt)
     assert report.outside > 10
-    assert report.tensors > 20
-    assert report.unknown == 0 or kind in ("gemma4", "qwen3_5")
+    assert report.tensors >= 20
+    assert report.unknown == 0
