@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from persona.config import Config, Lora, load_config
 from persona.engine import trial
-from persona.engine.attention import form_of, tree_attention
+from persona.engine.attention import Softmax, form_of, tree_attention
 from persona.engine.flash import BLOCKS, EFFICIENT, FLASH, fused_attention
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import pack, plan_packs
@@ -57,7 +57,7 @@ def _forms(
 
     def results(form: str) -> list[torch.Tensor]:
         if form == BLOCKS:
-            out = tree_attention(*states, tree, scale)
+            out = tree_attention(*states, tree, Softmax(scale))
         else:
             out = fused_attention(*states, tree.calls, scale, form)
         return [out.detach(), *torch.autograd.grad(out, states, gradient)]

@@ -228,25 +228,18 @@ def _small_model(architecture: str, precision: str, device: torch.device) -> Any
 def scores_seen() -> Iterator[set[str]]:
     """The precisions of attention's scores that blocks compute inside."""
     dtypes: set[str] = set()
-    weights, products = attention._weights, attention._products
+    scores_of = attention._scores
 
-    def seen(rows: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-        scores = products(rows, keys, scale)
+    def watched(*arguments: Any) -> torch.Tensor:
+        scores = scores_of(*arguments)
         dtypes.add(str(scores.dtype).removeprefix("torch."))
         return scores
 
-    def watched(*arguments: Any) -> torch.Tensor:
-        attention._products = seen  # the backward pass multiplies other things too
-        try:
-            return weights(*arguments)
-        finally:
-            attention._products = products
-
-    attention._weights = watched
+    attention._scores = watched
     try:
         yield dtypes
     finally:
-        attention._weights = weights
+        attention._scores = scores_of
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ kept but computed again in the backward pass, as in FlashAttention (arXiv 2205.1
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -39,41 +40,58 @@ def take_over(model: Any) -> Any:
     return model
 
 
-def tree_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree, scale: float
-) -> torch.Tensor:
-    """Attention output (tokens, heads, size) of queries of that shape over keys and values (tokens, groups, size).
+@dataclass(frozen=True)
+class Softmax:
+    """How weights are made of the products of queries and keys."""
 
-    `heads` is a multiple of `groups` (grouped-query attention, arXiv 2305.13245). This is the form of blocks.
+    scale: float
+    cap: float | None = None
+    """The bound of a tanh on the scores (Gemma 2, arXiv 2408.00118)."""
+    sinks: torch.Tensor | None = None
+    """(heads,) scores of a key without a value, which takes its part of the weights (gpt-oss)."""
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: Tree,
+    softmax: Softmax,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention output (tokens, heads, value size) of queries (tokens, heads, size) over keys and values of groups.
+
+    `heads` is a multiple of the groups (grouped-query attention, arXiv 2305.13245). This is the form of blocks. A token
+    attends to its last `window` ancestors, itself included.
     """
-    out: Any = _TreeAttention.apply(query, key, value, tree.blocks, scale)
+    out: Any = _TreeAttention.apply(query, key, value, tree.blocks_within(window), softmax)
     return out
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Sequence[Block], scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Sequence[Block], softmax: Softmax
     ) -> torch.Tensor:
         keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
         ctx.save_for_backward(query, keys, values)
-        ctx.blocks, ctx.scale = blocks, scale
-        return _forward(query, keys, values, blocks, scale)
+        ctx.blocks, ctx.softmax = blocks, softmax
+        return _forward(query, keys, values, blocks, softmax)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         query, keys, values = ctx.saved_tensors
-        return *_backward(grads[0], query, keys, values, ctx.blocks, ctx.scale), None, None
+        return *_backward(grads[0], query, keys, values, ctx.blocks, ctx.softmax), None, None
 
 
 def _forward(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: Sequence[Block], scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: Sequence[Block], softmax: Softmax
 ) -> torch.Tensor:
     """The output for keys and values (groups, tokens, size)."""
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    out = torch.empty(*query.shape[:2], values.shape[2], dtype=query.dtype, device=query.device)
     for block in blocks:
-        weights = _weights(_rows(query, block, len(keys)), _sources(keys, block), block, scale)
-        _put(out, block, weights.to(query.dtype) @ _sources(values, block))
+        scores = _scores(_rows(query, block, len(keys)), _sources(keys, block), softmax)
+        _put(out, block, _weights(scores, block, softmax).to(query.dtype) @ _sources(values, block))
     return out
 
 
@@ -83,19 +101,24 @@ def _backward(
     keys: torch.Tensor,
     values: torch.Tensor,
     blocks: Sequence[Block],
-    scale: float,
+    softmax: Softmax,
 ) -> tuple[torch.Tensor, ...]:
     """The gradients of query, key and value, the last two (tokens, groups, size)."""
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     # float32, since a token's gradient is the sum over all that attend to it
-    grad_keys, grad_values = (torch.zeros(keys.shape, dtype=torch.float32, device=keys.device) for _ in range(2))
+    grad_keys, grad_values = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (keys, values))
     for block in blocks:
         rows, received = (_rows(x, block, len(keys)) for x in (query, grad))
         block_keys, block_values = (_sources(x, block) for x in (keys, values))
-        weights = _weights(rows, block_keys, block, scale).to(query.dtype)
+        scores = _scores(rows, block_keys, softmax)
+        slope = None if softmax.cap is None else (scores / softmax.cap).square_().neg_().add_(1)
+        weights = _weights(scores, block, softmax).to(query.dtype)
         _add_to_sources(grad_values, block, weights.transpose(1, 2) @ received)
-        through = _products(received, block_values, scale)
+        through = _products(received, block_values, softmax.scale)
+        # right for sinks too: what they take of the weights is multiplied by their gradient, which is zero
         through = torch.ops.aten._softmax_backward_data(through, weights, -1, weights.dtype)
+        if slope is not None:
+            through.mul_(slope)
         _put(grad_query, block, through @ block_keys)
         _add_to_sources(grad_keys, block, through.transpose(1, 2) @ rows)
     return grad_query, *(x.transpose(0, 1).to(keys.dtype) for x in (grad_keys, grad_values))
@@ -127,17 +150,28 @@ def _products(rows: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Ten
     return torch.baddbmm(rows.new_empty(1, 1, 1), rows, keys.transpose(1, 2), beta=0, alpha=scale)
 
 
-def _weights(rows: torch.Tensor, keys: torch.Tensor, block: Block, scale: float) -> torch.Tensor:
-    """Attention weights (groups, heads / groups x tokens, sources' tokens) in float32.
+def _scores(rows: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+    """Scores (groups, heads / groups x tokens, sources' tokens) in float32.
 
-    Scores of 16 bits are not enough: with the large biases of Qwen2's keys they cost 0.9 in perplexity (transformers
-    #33317).
+    16 bits are not enough: with the large biases of Qwen2's keys they cost 0.9 in perplexity (transformers #33317).
     """
     with torch.autocast(rows.device.type, enabled=False):  # autocast turns a product of float32 into one of 16 bits
-        scores = _products(rows.float(), keys.float(), scale)
+        scores = _products(rows.float(), keys.float(), softmax.scale)
+    return scores if softmax.cap is None else scores.div_(softmax.cap).tanh_() * softmax.cap
+
+
+def _weights(scores: torch.Tensor, block: Block, softmax: Softmax) -> torch.Tensor:
+    """Attention weights of a block in float32, of its `scores`, which it changes."""
     tokens, last = block.bias.shape
     scores[..., scores.shape[2] - last :].unflatten(1, (-1, tokens)).add_(block.bias)  # masked_fill_ takes 8 times that
-    return torch.softmax(scores, -1)
+    if softmax.sinks is None:
+        return torch.softmax(scores, -1)
+    return _with_sinks(scores, softmax.sinks.unflatten(0, (len(scores), -1)).repeat_interleave(tokens, 1))
+
+
+def _with_sinks(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """The softmax of `scores` (..., rows, keys) and a score (..., rows) more in each row, without the weight of it."""
+    return torch.softmax(torch.cat([scores, sinks.to(scores.dtype)[..., None]], -1), -1)[..., :-1].contiguous()
 
 
 def form_of(device: torch.device, dtype: torch.dtype, heads: int, groups: int, size: int) -> Choice:
@@ -174,11 +208,11 @@ def _fault(form: str, device: torch.device, dtype: torch.dtype, heads: int, grou
     query, key, value, grad = (
         torch.randn(90, n, size, generator=chance).to(device, dtype) for n in (heads, groups, groups, heads)
     )
-    scale = size**-0.5
+    scale, softmax = size**-0.5, Softmax(size**-0.5)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         keys, values = (x.transpose(0, 1).contiguous() for x in (key, value))
-        right = [_forward(query, keys, values, tree.blocks, scale)]
-        right += _backward(grad, query, keys, values, tree.blocks, scale)
+        right = [_forward(query, keys, values, tree.blocks, softmax)]
+        right += _backward(grad, query, keys, values, tree.blocks, softmax)
         try:
             out, lse = flash.forward(query, key, value, tree.calls, scale, form)
             results = [out, *flash.backward(grad, query, key, value, out, lse, tree.calls, scale, form)]
@@ -188,6 +222,10 @@ def _fault(form: str, device: torch.device, dtype: torch.dtype, heads: int, grou
             return f"failed: {str(error).splitlines()[0]}"
     apart = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(results, right, strict=True))
     return None if apart <= PROOF else f"was {apart:.1%} off"
+
+
+# Changes nothing over a tree: the tree has the positions, and the others say which outputs are kept
+_NEEDLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"})
 
 
 def _attend(
@@ -200,21 +238,30 @@ def _attend(
     tree: Tree | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `module` over a tree in `form`, or the one for its device if None; without a tree, in rows."""
+    softmax = Softmax(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if tree is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
             raise NotCarried("its layers do not hand the prefix tree on to their attention")
+        if softcap is not None or s_aux is not None:  # the mask has the window
+            _refuse(module, rest | {"dropout": dropout or None})
+            return plain_attention(query, key, value, attention_mask, softmax).transpose(1, 2), None
         return _in_rows(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
-    _refuse(tree, key, value, rest | {"dropout": dropout or None})
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    _refuse(module, rest | {"dropout": dropout or None, "trained sinks": s_aux is not None and s_aux.requires_grad})
+    window = sliding_window if sliding_window is not None and sliding_window < tree.longest else None
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    if form != BLOCKS and _beyond_kernels(key, value, softmax, window):
+        form = BLOCKS
     if form is None:
         form = _form(query, key, value).form
     if form == BLOCKS:
-        return tree_attention(query, key, value, tree, scale).unsqueeze(0), None
-    return fused_attention(query, key, value, tree.calls, scale, form).unsqueeze(0), None
+        return tree_attention(query, key, value, tree, softmax, window).unsqueeze(0), None
+    return fused_attention(query, key, value, tree.calls, softmax.scale, form).unsqueeze(0), None
 
 
 def _form(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Choice:
@@ -223,15 +270,37 @@ def _form(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Choice
     return form_of(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2])
 
 
-def _refuse(tree: Tree, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]) -> None:
-    """Raise `NotCarried` for what would change the result and is not part of attention over a tree."""
-    if (window := options.get("sliding_window")) is not None and window < tree.longest:
-        raise NotCarried(f"its attention reaches back only {window} tokens, and an example has {tree.longest}")
-    for name in ("softcap", "s_aux", "sinks", "position_bias", "dropout", "cache"):
-        if options.get(name) is not None:
+def _beyond_kernels(key: torch.Tensor, value: torch.Tensor, softmax: Softmax, window: int | None) -> bool:
+    """Whether the fused kernels do not carry this attention, and the blocks have to."""
+    return not (key.shape == value.shape and softmax.cap is None and softmax.sinks is None and window is None)
+
+
+def _refuse(module: Any, options: dict[str, Any]) -> None:
+    """Raise `NotCarried` for anything that may change the result and is not part of this attention."""
+    if not getattr(module, "is_causal", True):
+        raise NotCarried("its attention reads the text in both directions")
+    for name, value in options.items():
+        if name not in _NEEDLESS and value is not None and value is not False:
             raise NotCarried(f"its attention uses {name}, which attention over prefix trees does not carry")
-    if key.shape != value.shape:
-        raise NotCarried(f"its values have another size than its keys: {value.shape[-1]}, not {key.shape[-1]}")
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, softmax: Softmax
+) -> torch.Tensor:
+    """Attention output (rows, heads, tokens, size) with soft cap and sinks, which torch's own has not.
+
+    `mask` is True where a token attends; None is causal.
+    """
+    key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+    tokens, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril(keys - tokens)
+    scores = _scores(query.flatten(0, 1), key.flatten(0, 1), softmax).unflatten(0, query.shape[:2])
+    # as torch's own: a query of the padding attends to nothing, and its output is no number that anyone reads
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    sinks = None if softmax.sinks is None else softmax.sinks[:, None].expand(scores.shape[:3])
+    weights = torch.softmax(scores, -1) if sinks is None else _with_sinks(scores, sinks)
+    return weights.to(query.dtype) @ value
 
 
 def _in_rows(

@@ -12,9 +12,9 @@ from persona.engine.packing import Pack
 # The logits of the first are W h, or W h times a constant, which is a constant of h then; those of the second have a
 # soft cap. Each is held to the whole model by tests/engine/test_loss.py.
 LINEAR = KNOWN | {
-    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm", "glm4", "granite", "granitemoe", "helium",
-    "hunyuan_v1_dense", "ministral", "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe",
-    "seed_oss", "smollm3", "starcoder2",
+    "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "glm",
+    "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "minicpm3", "ministral",
+    "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 CAPPED = frozenset({"gemma2", "gemma3_text", "gemma4_text"})
 # Logits that exist at a time, in 16 bits 32 MiB and 128 MiB. A GPU reads the whole output layer for each chunk.
@@ -50,7 +50,8 @@ def token_losses(model: Any, packed: Pack) -> torch.Tensor:
 
 def _cap(config: Any) -> float | None:
     """The soft cap of the logits, if the architecture has one."""
-    return config.final_logit_softcapping if config.model_type in CAPPED else None
+    text = config.get_text_config()
+    return text.final_logit_softcapping if text.model_type in CAPPED else None
 
 
 def _capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -67,7 +68,7 @@ def _before_output_layer(model: Any, packed: Pack) -> torch.Tensor | None:
 
     None if the architecture is not among those above, or its output layer has a bias.
     """
-    head, config = model.get_output_embeddings(), model.config
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
     if config.model_type not in LINEAR | CAPPED or head.bias is not None:
         return None
     cap = _cap(config)

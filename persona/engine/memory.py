@@ -115,11 +115,12 @@ def _kept_numbers(model: Any, group: Sequence[Example], share: bool) -> float:
     Only the ratios of the three matter, to choose among packs.
     """
     words, hidden = model.get_output_embeddings().weight.shape
-    layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers
     width = sum(one.in_features + one.out_features for one in model.modules() if hasattr(one, "lora_A")) / layers
     kept = layers * hidden + width if model.is_gradient_checkpointing else layers * width
     learned = sum(len(example.reply_ids) for example in group)
-    if model.config.model_type in LINEAR | CAPPED:  # the loss is computed in chunks
+    if config.model_type in LINEAR | CAPPED:  # the loss is computed in chunks
         chunk = CHUNK if model.device.type == "cpu" else CHUNK_ON_GPU
         logits = 3 * learned * hidden + 1.5 * min(learned * words, chunk)
     else:  # in 16 bits, and three copies in float32

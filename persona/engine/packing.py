@@ -63,6 +63,15 @@ class Call:
     causal: bool
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far back an attention reaches that slides over the text."""
+
+    depths: torch.Tensor
+    """(tokens,) the position of each token of a pack in its example."""
+    window: int
+
+
 class Tree:
     """Who attends to whom in a pack on `device`; blocks have up to `size` tokens, if a block is not one token."""
 
@@ -71,11 +80,23 @@ class Tree:
         self.size = size or (BLOCK if device.type == "cpu" else BLOCK_ON_GPU)
         self.longest = max(len(ancestors) + end - begin for ancestors, begin, end in segments)
         """Tokens of the longest example."""
+        self._within: dict[int, Sequence[Block]] = {}
 
     @cached_property
     def blocks(self) -> Sequence[Block]:
         """The blocks in the order of their tokens."""
-        return [_block(group, self.device) for group in _grouped(self.segments, self.size)]
+        return [_block(group, self.device, None) for group in _grouped(self.segments, self.size)]
+
+    def blocks_within(self, window: int | None) -> Sequence[Block]:
+        """The blocks if a token attends only to itself and the `window` - 1 ancestors before it."""
+        if window is None or window >= self.longest:
+            return self.blocks
+        if window not in self._within:
+            depths = [len(ancestors) + place for ancestors, begin, end in self.segments for place in range(end - begin)]
+            reach = Reach(torch.tensor(depths), window)
+            groups = _grouped(self.segments, self.size)
+            self._within[window] = [_block(group, self.device, reach) for group in groups]
+        return self._within[window]
 
     @cached_property
     def calls(self) -> Sequence[Call]:
@@ -276,12 +297,14 @@ def _grouped(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
     return groups
 
 
-def _block(group: Sequence[Segment], device: torch.device) -> Block:
+def _block(group: Sequence[Segment], device: torch.device, reach: Reach | None) -> Block:
     first, end = group[0][1], group[-1][2]
     seen = torch.zeros(end - first, end, dtype=torch.bool)
     for ancestors, start, stop in group:
         seen[start - first : stop - first, ancestors] = True
         seen[start - first : stop - first, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
+    if reach is not None:
+        seen &= reach.depths[first:end, None] - reach.depths[:end] < reach.window
     by_all = seen[:, :first].all(0).nonzero().flatten().tolist()
     by_some = (seen[:, :first].any(0) & ~seen[:, :first].all(0)).nonzero().flatten().tolist()
     seen_by_some = seen[:, [*by_some, *range(first, end)]]

@@ -16,9 +16,15 @@ from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import inputs, pack, plan_packs
 from persona.model.render import Example
 
-# Architectures whose attention takes any structure and whose rotary positions take any numbers, each held to the rows'
-# loss and gradients by tests/engine/test_packing.py.
-SHARING = KNOWN
+# Architectures whose layers hand on the tree and take positions as they are given, each held to the loss and gradients
+# of the rows by tests/engine/test_packing.py. A new one is a name here, and its sizes in tests/making/tiny.py.
+SHARING = KNOWN | {
+    "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "helium",
+    "hunyuan_v1_dense", "minicpm3", "ministral", "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe",
+    "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+}  # fmt: skip
+UNTOLD = frozenset({"qwen2_moe"})  # their window is in the mask alone, and their attention does not learn of it
 LEARNED = frozenset({"gpt2", "opt", "gpt_neo", "gpt_bigcode", "xglm"})
 ALIBI = frozenset({"bloom", "mpt"})
 STATE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "zamba2", "nemotron_h", "lfm2"})
@@ -26,18 +32,15 @@ STATE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", 
 # embedded model in bfloat16 they are 0.002 and 0.06; if branches see each other, they are above 0.1 and 0.9.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.01, 0.2), torch.float16: (0.01, 0.1)}
 HEAD, TAIL = 160, 40  # tokens of the trial's common prefix, and behind it
+SHARE_OF_TRIAL = 4  # a window's share of an example of the trial is one in so many
 TRIAL_BLOCK = 64  # so that even a short tree has several blocks
 
 
 def why_not(config: Any, longest: int) -> str | None:
-    """Why a model of this configuration cannot compute prefix trees of up to `longest` positions; None if it can."""
+    """Why a model of this configuration cannot compute prefix trees of examples of up to `longest` tokens, or None."""
+    whole, config = config, config.get_text_config()
     kind = config.model_type
     layers = getattr(config, "layer_types", None) or ()
-    window = getattr(config, "sliding_window", None)
-    # Mistral looks at the window alone, whatever its layer_types say
-    slides = "sliding_attention" in layers if layers and kind != "mistral" else window is not None
-    if slides and (window is None or window < longest):
-        return f"its attention reaches back only {window} tokens, and a pack has up to {longest}"
     if other := sorted({layer for layer in layers if layer not in ("full_attention", "sliding_attention")}):
         return f"it has layers of {', '.join(other)}, which carry one reply into the next"
     if kind in STATE:
@@ -47,21 +50,39 @@ def why_not(config: Any, longest: int) -> str | None:
     if kind in ALIBI:
         return "its attention counts distances in the row (ALiBi)"
     if kind not in SHARING:
-        return f"{kind} is not among the architectures that are tested with them ({', '.join(sorted(SHARING))})"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if (how := rope.get("rope_type")) in ("longrope", "dynamic"):
-        return f"its positions depend on the longest example beside it (rope_type {how})"
+        return f"{kind} is not among the architectures that are tested with them"
+    if kind in UNTOLD and "sliding_attention" in layers and config.sliding_window < longest:
+        return f"its attention reaches back only {config.sliding_window} tokens, and an example has up to {longest}"
+    if (edge := _switch(config)) is not None and edge[1] < longest:
+        return f"its positions change with an example of over {edge[1]} tokens beside it (rope_type {edge[0]})"
     if getattr(config, "attention_dropout", 0):
         return "its configuration drops attention weights at random (attention_dropout)"
-    if config._attn_implementation not in ("sdpa", *NAMES):
-        return f"its attention runs as {config._attn_implementation}"
+    if whole._attn_implementation not in ("sdpa", "eager", *NAMES):
+        return f"its attention runs as {whole._attn_implementation}"
     return None
+
+
+def _switch(config: Any) -> tuple[str, int] | None:
+    """The kind of rotary positions that are others in a longer row, and the length up to which they are not."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for kind in [rope, *rope.values()]:  # some have a kind for each type of layer
+        if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
+            edge = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            return kind["rope_type"], min(edge, config.max_position_embeddings)
+    return None
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model of this configuration chooses among experts, so that each computes other tokens in each batch."""
+    values = config.get_text_config().to_dict()
+    return any("experts" in name and value for name, value in values.items())
 
 
 def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accelerator: Any) -> str | None:
     """Let `model` compute prefix trees in fused layers, after a trial with the beginning of one of `examples`.
 
-    Returns the reason why each example needs a row of its own, or None if prefixes are shared.
+    Examples have up to `longest` tokens. Returns the reason why each needs a row of its own, or None if prefixes are
+    shared.
     """
     reason = why_not(model.config, longest)
     fault = None
@@ -93,7 +114,8 @@ def _attentions(model: Any, share: bool, accelerator: Any) -> Sequence[str]:
 def keep_rows(model: Any) -> None:
     """Give `model` its own attention and layers back, which take one example a row."""
     if model.config._attn_implementation in NAMES:
-        model.get_base_model().set_attn_implementation("sdpa")
+        base = model.get_base_model()
+        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
     unfuse(model)
 
 
@@ -114,7 +136,7 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
     """
     device, attention = accelerator.device, model.config._attn_implementation
     dtype = next(weight.dtype for weight in model.get_base_model().parameters() if weight.is_floating_point())
-    with _trial(model):
+    with _trial(model), short_windows(model, examples):
         keep_rows(model)
         alone = _measured(model, (plain_loss(model, example, device) for example in examples), accelerator)
         if attention in NAMES:
@@ -133,6 +155,21 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
         if not (apart := difference_of(together[1][kind], right)) <= by_gradient:
             return f"the gradient of {kind} from three short examples was {apart:.0%} off in one pack"
     return None
+
+
+@contextmanager
+def short_windows(model: Any, examples: Sequence[Example]) -> Iterator[None]:
+    """Inside, the windows of `model` are shorter than `examples`, so that these show whether a tree keeps to them."""
+    window = max(1, min(len(inputs(example)) for example in examples) // SHARE_OF_TRIAL)
+    owners = [model.config.get_text_config(), *model.modules()]
+    windows = [(one, vars(one)["sliding_window"]) for one in owners if isinstance(vars(one).get("sliding_window"), int)]
+    try:
+        for owner, size in windows:
+            owner.sliding_window = min(size, window)  # 0 where there is none
+        yield
+    finally:
+        for owner, size in windows:
+            owner.sliding_window = size
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from persona.engine.attention import NAME, NotCarried
 from persona.engine.loss import token_losses
 from persona.engine.memory import Full, Limit, attempt
 from persona.engine.packing import pack, plan_packs
-from persona.engine.trial import TOLERANCE, trial_examples, why_not
+from persona.engine.trial import TOLERANCE, short_windows, trial_examples, why_not
 from persona.errors import Diverged
 from persona.evaluate.intervals import mapped, ratio
 from persona.evaluate.loaded import Loaded, Watch, load
@@ -135,16 +135,19 @@ def shared_beginnings(model: Any, examples: Sequence[Example], limit: Limit, pre
     The model's own attention is put back afterwards.
     """
     whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if why_not(model.config, limit.size) is not None or len(examples) < 2:
+    longest = max(map(_length, examples), default=0)
+    if why_not(model.config, longest) is not None or len(examples) < 2:
         yield False
         return
     before = model.config._attn_implementation
     trial = trial_examples(examples)
-    alone = sum(example_losses(model, trial, replace(limit, size=1), precision, share=False))
-    whole.set_attn_implementation(NAME)
     try:
+        with short_windows(model, trial):
+            alone = sum(example_losses(model, trial, replace(limit, size=1), precision, share=False))
+            whole.set_attn_implementation(NAME)
+            together = _together(model, trial, limit, precision)
         tolerance, _ = TOLERANCE[DTYPES[precision]]
-        yield abs(_together(model, trial, limit, precision) - alone) <= tolerance * abs(alone)
+        yield abs(together - alone) <= tolerance * abs(alone)
     finally:
         whole.set_attn_implementation(before)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from persona.engine.trial import STATE, why_not
+from persona.engine.trial import STATE, has_experts, why_not
 from persona.speak.choices import Decoding, chance_of, choose, noise_of, penalised
 from persona.speak.past import Past, logits_behind, own_past, read, whole_chunks
 from persona.speak.rounding import LOOSE, ONE_BY_ONE, WIDTH, Rounding, with_margin
@@ -87,7 +87,7 @@ def generate(
 def _ways(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[int], list[int]]:
     """The numbers of the prompts whose rows can hold their own past, as in models of prefix trees, and of the others.
 
-    Each for itself: an attention that slides reaches back far enough for a short prompt, whatever is asked beside it.
+    Each for itself: rotary positions that are others in long rows are the same in short ones, whatever is asked beside.
     """
     own = [number for number, ids in enumerate(prompts) if why_not(model.config, len(ids) + new_tokens) is None]
     return own, sorted(set(range(len(prompts))).difference(own))
@@ -257,7 +257,7 @@ def measure(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Ro
         return LOOSE  # each token has a pass of its own anyway
     half = model.get_input_embeddings().weight.dtype != torch.float32
     own, padded = _ways(model, prompts, new_tokens)
-    if half and not own:
+    if half and (not own or has_experts(model.config)):  # an expert's products have a shape for each batch
         return ONE_BY_ONE
     ordered = sorted((prompts[number] for number in own or padded), key=len)
     tried = [

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from persona.engine.attention import NotCarried, Softmax, plain_attention
 
 NAME = "own_past"
 CHUNK = 128  # few passes for a prompt, and little of a shared beginning lost; on paper, not tuned on a GPU
@@ -28,29 +29,29 @@ class Past:
     def __init__(self) -> None:
         self.tokens = 0
         """The number of its tokens; a smaller one forgets those behind."""
-        self._layers: dict[int, torch.Tensor] = {}  # each (2, groups, room, size)
+        self._layers: dict[int, list[torch.Tensor]] = {}  # keys and values, each (groups, room, size)
 
-    def extended(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Keys and values (2, groups, tokens, size) of one layer with new ones (groups, new tokens, size) behind.
+    def extended(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values (groups, tokens, size) of one layer with new ones (groups, new tokens, size) behind.
 
         `tokens` has to be raised when all layers have theirs.
         """
         end = self.tokens + key.shape[1]
         held = self._layers.get(layer)
-        if held is None or held.shape[2] < end:
-            larger = key.new_empty(2, key.shape[0], -(-end // ROOM) * ROOM, key.shape[2])
-            if held is not None:
-                larger[:, :, : self.tokens] = held[:, :, : self.tokens]
+        if held is None or held[0].shape[1] < end:
+            larger = [new.new_empty(new.shape[0], -(-end // ROOM) * ROOM, new.shape[2]) for new in (key, value)]
+            for into, old in zip(larger, held or [], strict=False):
+                into[:, : self.tokens] = old[:, : self.tokens]
             self._layers[layer] = held = larger
-        held[0, :, self.tokens : end] = key
-        held[1, :, self.tokens : end] = value
-        return held[:, :, :end]
+        for into, new in zip(held, (key, value), strict=True):
+            into[:, self.tokens : end] = new
+        return [one[:, :end] for one in held]
 
     def beginning(self, tokens: int) -> "Past":
         """A copy of the first `tokens`."""
         copy = Past()
         copy.tokens = tokens
-        copy._layers = {layer: held[:, :, :tokens].clone() for layer, held in self._layers.items()}
+        copy._layers = {layer: [one[:, :tokens].clone() for one in held] for layer, held in self._layers.items()}
         return copy
 
 
@@ -117,31 +118,43 @@ def _attend(
     attention_mask: torch.Tensor | None,
     pasts: Sequence[Past | None] | None = None,
     scaling: float | None = None,
-    **rest: Any,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
     if pasts is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+        raise NotCarried("its layers do not hand the past on to their attention")
     rows, heads, length, size = query.shape
-    out = query.new_zeros(rows, length, heads, size)
+    softmax = Softmax(size**-0.5 if scaling is None else scaling, softcap, s_aux)
+    out = query.new_zeros(rows, length, heads, value.shape[3])
     for row, past in enumerate(pasts):
         if past is not None:
             keys, values = past.extended(module.layer_idx, key[row], value[row])
-            out[row] = _attention(query[row], keys, values, scaling).transpose(0, 1)
+            out[row] = _attention(query[row], keys, values, softmax, sliding_window).transpose(0, 1)
     return out, None
 
 
-def _attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None) -> torch.Tensor:
-    """Causal attention (heads, length, size) of the last `length` of the keys' tokens."""
+def _attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax: Softmax, window: int | None
+) -> torch.Tensor:
+    """Causal attention (heads, length, size) of the last `length` of the keys' tokens, over `window` tokens."""
     heads, length, size = query.shape
     groups, tokens, _ = keys.shape
-    # heads of one group side by side, like more tokens: grouped-query attention without copies of the keys
-    together = query.reshape(1, groups, heads // groups * length, size)
+    if window is not None and tokens - length >= window:  # none of them attends to those before
+        keys, values = (x[:, tokens - length - window + 1 :] for x in (keys, values))
+        tokens = keys.shape[1]
     mask = None
     if length > 1:
         mask = torch.ones(length, tokens, dtype=torch.bool, device=query.device).tril(tokens - length)
-        mask = mask.repeat(heads // groups, 1)
-    out = F.scaled_dot_product_attention(together, keys[None], values[None], attn_mask=mask, scale=scaling)
-    return out.reshape(heads, length, size)
+        mask = mask if window is None else mask.triu(tokens - length - window + 1)
+    if softmax.cap is not None or softmax.sinks is not None:
+        return plain_attention(query[None], keys[None], values[None], mask, softmax)[0]
+    # heads of one group side by side, like more tokens: grouped-query attention without copies of the keys
+    together = query.reshape(1, groups, heads // groups * length, size)
+    mask = None if mask is None else mask.repeat(heads // groups, 1)
+    out = F.scaled_dot_product_attention(together, keys[None], values[None], attn_mask=mask, scale=softmax.scale)
+    return out.reshape(heads, length, values.shape[2])
 
 
 AttentionInterface.register(NAME, _attend)

@@ -185,7 +185,8 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS)
     config: Any = model.peft_config["default"]
     values = config.to_dict() | {"inference_mode": True}
-    values["target_modules"] = sorted(config.target_modules)  # a set, whose order changes from run to run
+    # JSON has no sets, and their order changes from run to run; that of target_parameters is empty for some experts
+    values |= {name: sorted(value) or None for name, value in values.items() if isinstance(value, set)}
     write_json(folder / "adapter_config.json", values)
 
 

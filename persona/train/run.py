@@ -15,6 +15,7 @@ from persona.config import Config, dump_config
 from persona.console import GREEN, GREY, duration, excerpt, painted, safe, table
 from persona.engine.attention import form_of_model
 from persona.engine.memory import Full, attempt
+from persona.engine.packing import inputs
 from persona.engine.trial import keep_rows, prepare_layout
 from persona.errors import UsageError
 from persona.files import JsonObject, write_json, write_text
@@ -257,8 +258,7 @@ def _load_model(material: Material, base_name: str, precision: str, accelerator:
 
 def _agreed_layout(model: Any, material: Material, accelerator: Accelerator, devices: Devices) -> str | None:
     """The reason why each example gets a row of its own, or None; the same in all processes."""
-    config = material.config
-    longest = max(config.training.pack_limit, config.evaluation.max_tokens_per_pack)
+    longest = max(len(inputs(one)) for data in (material.train, material.held_out) for one in data.examples)
     devices.in_passes = devices.sharded  # a sharded base computes only when all processes do
     own = prepare_layout(model, material.train.examples, longest, accelerator)
     devices.in_passes = False

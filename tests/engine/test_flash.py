@@ -15,7 +15,7 @@ from making.tiny import family, model, save_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from persona.engine import attention, flash, trial
-from persona.engine.attention import IN_FORM, NAME, NotCarried, form_of, tree_attention
+from persona.engine.attention import IN_FORM, NAME, NotCarried, Softmax, form_of, tree_attention
 from persona.engine.flash import BLOCKS, EFFICIENT, FLASH, choose, fused_attention
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import Tree, inputs, pack, plan_packs
@@ -76,7 +76,7 @@ def compare(seeds, device, forms=FUSED):
     calls = []
     for seed in seeds:
         tree, rows, grad = forest(seed, device)
-        wanted = results(lambda q, k, v, tree=tree: tree_attention(q, k, v, tree, 0.35), rows, grad)
+        wanted = results(lambda q, k, v, tree=tree: tree_attention(q, k, v, tree, Softmax(0.35)), rows, grad)
         for form in forms:
             found = results(
                 lambda q, k, v, tree=tree, form=form: fused_attention(q, k, v, tree.calls, 0.35, form), rows, grad
@@ -304,7 +304,7 @@ def test_a_fused_form_that_fails_the_trial_gives_way_to_the_blocks(monkeypatch):
 
 
 def test_rows_come_after_the_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "_weights", lambda rows, keys, *_: rows.new_zeros(*rows.shape[:2], keys.shape[1]))
+    monkeypatch.setattr(attention, "_weights", lambda scores, *_: torch.zeros_like(scores))
     right = pretended_kernels.KERNELS["_flash_attention_backward"]
     wrong = {"_flash_attention_backward": lambda *args, **options: [3 * x for x in right(*args, **options)]}
     reason, name = tried(monkeypatch, wrong)
@@ -335,27 +335,35 @@ def test_rows_leave_no_groups_to_torch_without_flash_attention(options, monkeypa
 
 # --- what a tree does not carry --------------------------------------------------------------------------------------
 
-ASKING = {
-    "stablelm": ({}, "hand the prefix tree on"),
-    "nemotron": ({}, "hand the prefix tree on"),
-    "gemma2": ({"sliding_window": 4096}, "softcap"),
-    "gemma3_text": ({}, "reaches back only 16 tokens"),
-    "gpt_oss": ({"sliding_window": 4096}, "s_aux"),
-}
 
-
-@pytest.mark.parametrize("architecture", ASKING)
-def test_a_model_that_asks_for_more_is_refused_and_trained_in_rows(architecture, monkeypatch):
-    config, reason = ASKING[architecture]
-    tuned = with_adapter(model(architecture, **config))
-    if tuned.config._attn_implementation == "sdpa":  # the others have only their own attention, and never come this far
-        monkeypatch.setattr(trial, "why_not", lambda *_: None)
-        accelerator = SimpleNamespace(device=CPU, autocast=lambda: torch.autocast("cpu", enabled=False))
-        assert reason in trial.prepare_layout(tuned, cases()["history kept"], 300, accelerator)
-        assert tuned.config._attn_implementation == "sdpa"
+@pytest.mark.parametrize("architecture", ["stablelm", "nemotron"])
+def test_a_model_that_drops_the_tree_is_refused_and_trained_in_rows(architecture, monkeypatch):
+    tuned = with_adapter(model(architecture))
+    monkeypatch.setattr(trial, "why_not", lambda *_: None)
+    accelerator = SimpleNamespace(device=CPU, autocast=lambda: torch.autocast("cpu", enabled=False))
+    assert "hand the prefix tree on" in trial.prepare_layout(tuned, cases()["history kept"], 300, accelerator)
+    assert tuned.config._attn_implementation == "sdpa"
     tuned.get_base_model().set_attn_implementation(NAME)
-    with pytest.raises(NotCarried, match=reason):
+    with pytest.raises(NotCarried, match="hand the prefix tree on"):
         negative_log_likelihood(tuned, pack(plan_packs(cases()["history kept"], 10**6, True)[0], CPU, True))
+
+
+@pytest.mark.parametrize("option", ["position_bias", "sinks", "cache", "attention_chunk_size", "unheard_of", "dropout"])
+def test_anything_that_attention_is_asked_for_and_does_not_carry_raises(option):
+    tree, rows = Tree([((), 0, 9)], CPU), torch.zeros(1, 2, 9, 8)
+    for form in (None, *FUSED):
+        with pytest.raises(NotCarried, match=option):
+            attention._attend(form, None, rows, rows, rows, None, tree=tree, **{option: 0.5})
+        for harmless in ({"position_ids": torch.arange(9)}, {"use_cache": False}, {"unheard_of": None}):
+            attention._attend(BLOCKS, None, rows, rows, rows, None, tree=tree, **harmless)
+
+
+def test_attention_in_both_directions_and_trained_sinks_raise():
+    tree, rows = Tree([((), 0, 9)], CPU), torch.zeros(1, 2, 9, 8)
+    with pytest.raises(NotCarried, match="both directions"):
+        attention._attend(None, SimpleNamespace(is_causal=False), rows, rows, rows, None, tree=tree)
+    with pytest.raises(NotCarried, match="trained sinks"):
+        attention._attend(None, None, rows, rows, rows, None, tree=tree, s_aux=torch.zeros(2, requires_grad=True))
 
 
 def test_a_mask_of_nothing_makes_every_use_of_it_a_nan():
@@ -370,17 +378,28 @@ def test_a_mask_of_nothing_makes_every_use_of_it_a_nan():
     assert masks[0].isnan().all()
 
 
-@pytest.mark.parametrize("window", [24, 25])
-def test_a_window_may_not_be_shorter_than_the_longest_example(window):
+MORE = {"sliding_window": 24, "softcap": 2.0, "s_aux": torch.ones(2), "values": 4}
+
+
+@pytest.mark.parametrize("form", FUSED)
+@pytest.mark.parametrize("more", [*MORE, None])
+def test_the_blocks_take_all_that_the_fused_kernels_do_not_carry(more, form, monkeypatch):
+    calls = []
+    for name in ("tree_attention", "fused_attention"):
+        right = getattr(attention, name)
+        monkeypatch.setattr(
+            attention,
+            name,
+            lambda *args, n=name, f=right: calls.append(n) or tree_attention(*args[:3], tree, Softmax(1.0)),
+        )
     tree = Tree([((), 0, 20), (range(20), 20, 25), (range(10), 25, 39)], CPU)
     assert tree.longest == 25
     rows = torch.zeros(1, 2, 39, 8)
-    if window < 25:
-        with pytest.raises(NotCarried, match="an example has 25"):
-            attention._attend(None, None, rows, rows, rows, None, tree=tree, sliding_window=window)
-    else:
-        out, _ = attention._attend(None, None, rows, rows, rows, None, tree=tree, sliding_window=window)
-        assert out.shape == (1, 39, 2, 8)
+    values = rows[..., :4] if more == "values" else rows
+    options = {more: MORE[more]} if more in MORE and more != "values" else {"sliding_window": 25}
+    out, _ = attention._attend(form, None, rows, rows, values, None, tree=tree, **options)
+    assert calls == ["fused_attention" if more is None else "tree_attention"]
+    assert out.shape == (1, 39, 2, values.shape[3])
 
 
 # --- index tensors ---------------------------------------------------------------------------------------------------

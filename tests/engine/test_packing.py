@@ -43,13 +43,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @cache
 def plain(architecture):
     """The libraries' own layers and attention."""
-    return with_adapter(model(architecture))
+    return with_adapter(model(architecture, pad_token_id=None))
 
 
 @cache
 def adapted(architecture):
     """The same weights, computed as training does."""
-    made = with_adapter(model(architecture))
+    made = with_adapter(model(architecture, pad_token_id=None))
     if architecture in SHARING:
         made.get_base_model().set_attn_implementation(NAME)
     fuse(made)
@@ -62,6 +62,18 @@ def expected(architecture, case):
     return measured(tuned, (plain_loss(tuned, example) for example in cases()[case]))
 
 
+few_tokens = st.integers(0, 2)  # so that beginnings are often shared
+any_examples = st.lists(
+    st.builds(
+        Example,
+        st.lists(few_tokens, min_size=1, max_size=7).map(tuple),
+        st.lists(few_tokens, min_size=1, max_size=5).map(tuple),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
 # --- the same loss, the same gradients -------------------------------------------------------------------------------
 
 
@@ -70,7 +82,7 @@ def expected(architecture, case):
     [*((True, size) for size in ("longest", 64, 128, 100_000)), *((False, size) for size in (128, 100_000))],
 )
 @pytest.mark.parametrize("case", cases())
-@pytest.mark.parametrize("architecture", sorted(SHARING))
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_the_layout_changes_nothing(architecture, case, share, size):
     examples = list(cases()[case])
     limit = max(len(inputs(example)) for example in examples) if size == "longest" else size
@@ -78,6 +90,73 @@ def test_the_layout_changes_nothing(architecture, case, share, size):
     tuned = adapted(architecture)
     assert why_not(tuned.config, limit) is None
     assert_same(packed_result(tuned, examples, limit, share), expected(architecture, case))
+
+
+@pytest.mark.parametrize("architecture", sorted(SHARING))
+def test_an_architecture_shares(architecture):
+    tuned, examples = adapted(architecture), cases()["history kept"]
+    assert why_not(tuned.config, 4096) is None
+    for size, share in ((100_000, True), (64, True), (128, False)):
+        assert_same(packed_result(tuned, examples, size, share), expected(architecture, "history kept"))
+
+
+# --- windows, soft caps, sinks ---------------------------------------------------------------------------------------
+
+ALTERNATE = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
+WINDOWS = {
+    "mistral": {}, "mixtral": {}, "phi3": {}, "starcoder2": {}, "ministral3": {}, "qwen2": ALTERNATE,
+    "qwen3": ALTERNATE, "qwen3_moe": {"use_sliding_window": True}, "ministral": {}, "gemma2": {}, "gemma3_text": {},
+    "gemma4_text": {}, "olmo3": {}, "exaone4": {}, "cohere2": {}, "gpt_oss": {},
+    "smollm3": ALTERNATE,
+}  # fmt: skip
+
+
+def compared(architecture, sizes=(100_000,), **config):
+    """How far the trees' loss and gradients are from those of the model's own attention, alone."""
+    examples = cases()["history kept"]
+    tuned = with_adapter(model(architecture, pad_token_id=None, **config))
+    right = measured(tuned, (plain_loss(tuned, example) for example in examples))
+    tuned.get_base_model().set_attn_implementation(NAME)
+    fuse(tuned)
+    for size in sizes:
+        assert_same(packed_result(tuned, examples, size, True), right)
+    return right[0]
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_a_window_shorter_than_the_examples_is_carried(architecture):
+    config = WINDOWS[architecture]
+    short = compared(architecture, (100_000, 64), sliding_window=16, **config)
+    assert compared(architecture, sliding_window=4096, **config) != pytest.approx(short, rel=1e-4)
+
+
+@pytest.mark.parametrize("window", [2, 7, 40, 64, 100, 101])
+def test_windows_of_any_length(window):
+    compared("gemma3_text", (100_000, 64), sliding_window=window)
+
+
+@pytest.mark.parametrize("window", [16, 4096])
+def test_layers_that_take_the_keys_of_others_share(window):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    compared("gemma4_text", sliding_window=window, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, None])
+def test_a_soft_cap_of_any_size(cap):
+    compared("gemma2", (100_000, 64), attn_logit_softcapping=cap)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_a_window_counts_along_the_branch(window, data):
+    examples = data.draw(any_examples)
+    (group,) = plan_packs(examples, 10**6, True)
+    with patch("persona.engine.packing.BLOCK", data.draw(st.integers(1, 12))):
+        packed = pack([*group, *group[:1]] if len(group) == 1 else group, CPU, True)
+        depths = packed.position_ids[0]
+        near = depths[:, None] - depths[None, :] < window
+        assert attended(packed, window).equal(attended(packed) & near)
 
 
 def test_activations_computed_again_change_nothing():
@@ -96,14 +175,14 @@ def test_the_size_of_blocks_changes_nothing(case, block, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-@pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["opt", "bloom", "gpt2", "stablelm"])
 def test_other_architectures_are_trained_in_rows(architecture):
     tuned = adapted(architecture)
     assert why_not(tuned.config, 128)
     assert_same(packed_result(tuned, cases()["history kept"], 300, False), expected(architecture, "history kept"))
 
 
-@pytest.mark.parametrize("architecture", [*SHARING, "opt", "bloom", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("architecture", [*sorted(SHARING), "opt", "bloom", "gpt2"])
 def test_logits_behind_the_hook_are_those_of_the_whole_output(architecture):
     tuned = adapted(architecture)
     for share in {False, architecture in SHARING}:
@@ -157,15 +236,6 @@ def test_the_held_out_loss_is_the_mean_over_tokens(share, size):
     assert tuned.training
 
 
-def test_a_window_as_long_as_the_pack_may_share():
-    tuned = with_adapter(model("mistral", sliding_window=128))
-    examples = cases()["history kept"]
-    assert max(len(inputs(example)) for example in examples) <= 128
-    alone = measured(tuned, (plain_loss(tuned, example) for example in examples))
-    tuned.get_base_model().set_attn_implementation(NAME)
-    assert_same(packed_result(tuned, examples, 128, True), alone)
-
-
 # --- 4 bits ----------------------------------------------------------------------------------------------------------
 
 
@@ -199,17 +269,6 @@ def test_gradients_survive_an_evaluation_in_4_bits(in_4bit):
 
 
 # --- the plan and the tree, for any examples -------------------------------------------------------------------------
-
-few_tokens = st.integers(0, 2)  # so that beginnings are often shared
-any_examples = st.lists(
-    st.builds(
-        Example,
-        st.lists(few_tokens, min_size=1, max_size=7).map(tuple),
-        st.lists(few_tokens, min_size=1, max_size=5).map(tuple),
-    ),
-    min_size=1,
-    max_size=9,
-)
 
 
 @settings(max_examples=200, deadline=None)

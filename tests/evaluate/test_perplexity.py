@@ -92,7 +92,7 @@ def test_it_is_the_plain_loop_whatever_the_layout(architecture, fmt, dataset):
                 losses = conversation_losses(made, dataset, tokens(size), "fp32", share and not rows, silent)
             assert losses.tuned == pytest.approx(right, rel=1e-5)
             assert losses.base == pytest.approx(right_base, rel=1e-5)
-    assert shared == [architecture in ("llama", "qwen3")] * 6
+    assert shared == [architecture in ("llama", "qwen3", "gemma2")] * 6
     assert made.config._attn_implementation != NAME
 
 

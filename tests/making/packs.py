@@ -118,10 +118,10 @@ def assert_same(found, wanted, loss=LOSS, gradient=GRADIENT):
         assert (found[1][name] - right).norm() <= gradient * right.norm(), name
 
 
-def attended(packed):
+def attended(packed, window=None):
     """(tokens, tokens) True where a token attends, put together from the blocks."""
     mask = torch.zeros(packed.input_ids.numel(), packed.input_ids.numel(), dtype=torch.bool)
-    for block in packed.tree.blocks:
+    for block in packed.tree.blocks_within(window):
         sources = [position for begin, end in block.sources for position in range(begin, end)]
         assert len(set(sources)) == len(sources)
         seen = torch.ones(block.end - block.begin, len(sources), dtype=torch.bool)

@@ -238,26 +238,69 @@ def family(name: str) -> Any:
 
 
 # What the architectures call their sizes otherwise than Llama
+_SLIDES: dict[str, Any] = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_MIXTURE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT: dict[str, Any] = {  # keys and values from one small vector, and values of another size (DeepSeek)
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 _SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16},
+    "apertus": {},
+    "arcee": {},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {**_SLIDES, "head_dim": 16, "logit_scale": 0.5},
+    "deepseek_v2": {**_MIXTURE, **_LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**_MIXTURE, **_LATENT, "q_lora_rank": 16},
+    "ernie4_5": {},
+    "exaone4": _SLIDES,
+    "gemma": {"head_dim": 16},
+    "gemma2": {**_SLIDES, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_SLIDES, "head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma4_text": {
+        **_SLIDES,
         "head_dim": 16,
-        "global_head_dim": 16,
+        "global_head_dim": 32,
         "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": 512,
+        "num_kv_shared_layers": 0,
     },
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "glm4_moe": {**_MIXTURE, "head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "granite": {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
-    "ministral": {"head_dim": 16},
+    "minicpm3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "ministral": {**_SLIDES, "head_dim": 16},
+    "ministral3": {"head_dim": 16, "sliding_window": None},
+    "olmo2": {},
+    "olmo3": _SLIDES,
+    "qwen2_moe": {**_MIXTURE, "num_experts": 4, "shared_expert_intermediate_size": 32},
     "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
+    "starcoder2": {"sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     "stablelm": {},
     "nemotron": {},
-    "gpt_oss": {"head_dim": 16, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**_SLIDES, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "opt": {
         "ffn_dim": 128,
         "word_embed_proj_dim": 64,
@@ -273,10 +316,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": None,
         "max_position_embeddings": None,
     },
-    "qwen2_moe": {"num_experts_per_tok": 2},
     "jetmoe": {"num_experts_per_tok": 2},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen3_moe": {**_MIXTURE, "head_dim": 16, "num_experts": 4},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "gpt2": {
         "n_embd": 64,
@@ -379,7 +421,11 @@ def model(architecture: str = "llama", vocabulary: int = 512, **config: Any) -> 
         if architecture in WRAPPERS:
             chosen = wrapper_config(architecture, **sizes | config)
             return AutoModelForImageTextToText.from_config(chosen, dtype=torch.float32)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **chosen), dtype=torch.float32)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **chosen), dtype=torch.float32)
+        for name, weight in made.named_parameters():
+            if not weight.isfinite().all() or weight.abs().max() > 1e4 or "sinks" in name:  # not initialised
+                torch.nn.init.normal_(weight, std=0.1)
+        return made
 
 
 def save_model(

@@ -52,17 +52,21 @@ def by_hand(model, prompt, limit):
 
 @pytest.mark.parametrize("begin_alike", [0, 60])
 @pytest.mark.parametrize(
-    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "bloom", "mamba", "tree"]
+    "kind",
+    [
+        *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "deepseek_v3"),
+        *("qwen3_moe", "gpt2", "opt", "bloom", "mamba", "llama tree", "gemma2 tree", "gpt_oss tree"),
+    ],
 )
 def test_a_batch_says_what_each_prompt_alone_would(kind, begin_alike):
-    model = tiny("llama" if kind == "tree" else kind).eval()
-    if kind == "tree":
+    model = tiny(kind.split()[0], pad_token_id=None).eval()
+    if kind.endswith("tree"):
         model.set_attn_implementation(NAME)
     asked = prompts(9, begin_alike)
     alone = [by_hand(model, prompt, 12) for prompt in asked]
     for batch_size in (1, 4, 9):
         assert generated(model, asked, greedy(12), batch_size, LOOSE) == alone
-    assert {ended for _, ended in alone} == {True, False} or kind not in ("llama", "tree")
+    assert {ended for _, ended in alone} == {True, False} or not kind.startswith("llama")
 
 
 def test_order_and_company_change_nothing_drawn_at_random():
@@ -136,7 +140,7 @@ def test_rounding_turns_nothing(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text", "qwen3_moe"])
 def test_no_reply_depends_on_the_batch_in_any_precision(kind, dtype):
     model = tiny(kind).eval().to(dtype)
     asked = prompts(9, 140)
@@ -148,7 +152,7 @@ def test_no_reply_depends_on_the_batch_in_any_precision(kind, dtype):
     if dtype == torch.float32:
         assert (rounding.rows, rounding.margin) == (None, LEAST)
     else:
-        assert rounding == (ONE_BY_ONE if kind == "gemma2" else Rounding(0.0, 0.0, WIDTH))
+        assert rounding == (ONE_BY_ONE if kind == "qwen3_moe" else Rounding(0.0, 0.0, WIDTH))
 
 
 def test_in_16_bits_nothing_is_chosen_again_and_in_a_padded_batch_replies_did_depend_on_it(monkeypatch):
@@ -174,11 +178,12 @@ def test_in_16_bits_every_step_has_the_same_number_of_rows(batch_size, monkeypat
     assert set(rows) == {(WIDTH, WIDTH)}
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_read_is_the_same_bits_wherever_reading_began(dtype, monkeypatch):
+def test_what_is_read_is_the_same_bits_wherever_reading_began(dtype, kind, monkeypatch):
     """Passes over a row alone continue those over its prompt and over a shared beginning; nothing may show it."""
     monkeypatch.setattr(past, "CHUNK", 16)
-    model = tiny("qwen3").eval().to(dtype)
+    model = tiny(kind).eval().to(dtype)
     ids = torch.randint(12, 500, (75,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad(), own_past(model):
         whole = {end: read(model, Past(), ids[:end]) for end in range(1, 76)}
@@ -232,10 +237,33 @@ def test_the_margin_is_four_times_the_difference_between_its_bounds():
     assert with_margin(MOST / 3.9) == Rounding(MOST / 3.9, 0.0, 1)
 
 
-def test_an_attention_that_slides_holds_short_rows_and_takes_long_ones_alone(monkeypatch):
+@pytest.mark.parametrize("window", [1, 16, 127, 128, 129, 4096])
+def test_a_past_is_read_as_far_as_the_window_reaches(window):
+    model = tiny("mistral", sliding_window=window).eval()
+    ids = prompts(1, 260)[0]
+    with torch.no_grad():
+        right = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        with own_past(model):
+            torch.testing.assert_close(read(model, row := Past(), ids[:200]), read(model, Past(), ids[:200]))
+            logits = read(model, row, ids)
+    torch.testing.assert_close(logits, right, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_are_others_in_long_rows_hold_short_rows_and_take_long_ones_alone(monkeypatch):
     rows, reply = [], batches._reply
     monkeypatch.setattr(batches, "_reply", lambda work, some: rows.append(len(some)) or reply(work, some))
-    model = tiny("mistral", sliding_window=64).eval().to(torch.bfloat16)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [3.0] * 8,
+    }
+    model = (
+        tiny("phi3", pad_token_id=None, original_max_position_embeddings=64, rope_parameters=rope)
+        .eval()
+        .to(torch.bfloat16)
+    )
     asked = [*prompts(4), *prompts(4, 60)]
     rounding = measure(model, asked, 12)
     assert rounding == Rounding(0.0, 0.0, WIDTH)
