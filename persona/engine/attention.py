@@ -190,13 +190,40 @@ def form_of(device: torch.device, dtype: torch.dtype, heads: int, groups: int, s
 
 def form_of_model(model: Any) -> Choice:
     """The form in which `model` attends over trees."""
-    config = model.config.get_text_config()
     if (name := model.config._attn_implementation) != NAME:
         form = next((form for form, value in IN_FORM.items() if value == name), BLOCKS)
         return Choice(form, "another form failed the trial before the first update")
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return form_of(model.device, model.dtype, heads, config.num_key_value_heads, size)
+    text = model.config.get_text_config()
+    if (reason := beyond_kernels(text)) is not None:
+        return Choice(BLOCKS, reason)
+    layer = widest_layer(text)
+    choice = form_of(model.device, model.dtype, layer.num_attention_heads, layer.num_key_value_heads, head_size(layer))
+    if choice.form == BLOCKS or not getattr(text, "sliding_window", None):
+        return choice
+    return Choice(choice.form, f"{choice.reason}; {BLOCKS} in layers whose window is shorter than an example")
+
+
+def beyond_kernels(text: Any) -> str | None:
+    """Why a model of this configuration cannot attend by fused kernels, or None."""
+    if getattr(text, "attn_logit_softcapping", None):
+        return "fused kernels have no soft cap"
+    if text.model_type == "gpt_oss":
+        return "fused kernels have no sinks"
+    if (size := getattr(text, "v_head_dim", None)) and size != text.qk_nope_head_dim + text.qk_rope_head_dim:
+        return "fused kernels have no values of another size than the keys"
+    return None
+
+
+def widest_layer(text: Any) -> Any:
+    """The configuration of the layer with the largest heads; most models have one for all layers."""
+    return max(text.per_layer_config or [text], key=head_size)
+
+
+def head_size(layer: Any) -> int:
+    """The numbers of a head in a layer of this configuration."""
+    if getattr(layer, "kv_lora_rank", None):
+        return layer.v_head_dim
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
 
 
 @cache

@@ -164,11 +164,24 @@ def test_a_named_layer_of_a_tower_is_left_out_too():
         add_adapter(made("gemma3"), Lora(target_modules=["fc1"]), 0, "tiny")
 
 
-def test_a_layer_that_peft_refuses_is_named_with_the_others():
-    with pytest.raises(UsageError, match=r"target_modules: .*out_proj.* of: in_proj, x_proj, dt_proj, out_proj\."):
-        add_adapter(model("mamba"), Lora(), 0, "tiny")
-    named = Lora(target_modules=["in_proj", "x_proj"])
-    assert len(adapted(add_adapter(model("mamba"), named, 0, "tiny"))) == 4
+@pytest.mark.parametrize(
+    ("architecture", "kinds", "barred"),
+    [
+        ("mamba", {"in_proj", "x_proj", "dt_proj"}, "out_proj"),
+        ("qwen2_moe", {"q_proj", "k_proj", "v_proj", "o_proj"}, "up_proj"),
+        ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}, "gate_proj"),
+    ],
+)
+def test_layers_that_peft_refuses_or_takes_for_experts_are_left_out(architecture, kinds, barred):
+    tuned = add_adapter(model(architecture), Lora(), 0, "tiny")
+    assert {name.rpartition(".")[2] for name in adapted(tuned)} >= kinds
+    assert {name.rpartition(".")[2] for name in adapted(tuned)}.isdisjoint(
+        {"gate_proj", "up_proj", "down_proj", barred}
+    )
+    assert {type(module).__name__ for module in tuned.modules() if hasattr(module, "lora_A")} == {"Linear"}
+    assert not tuned.peft_config["default"].target_parameters
+    with pytest.raises(UsageError, match=rf"no linear layer '{barred}' that can have an adapter"):
+        add_adapter(model(architecture), Lora(target_modules=[barred]), 0, "tiny")
 
 
 # --- 4 bits ----------------------------------------------------------------------------------------------------------

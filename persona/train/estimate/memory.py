@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from persona.config import Lora, Quantization
-from persona.engine.attention import IN_FORM
+from persona.engine.attention import IN_FORM, head_size, widest_layer
 from persona.engine.flash import choose
 from persona.engine.fused import fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
@@ -23,7 +23,7 @@ from persona.model.architecture import layers_in_4_bits, without_weights
 from persona.model.device import DTYPES
 from persona.model.loading import add_adapter, refuse_experts
 from persona.model.render import Example
-from persona.train.estimate.paper import META, Kernel, Paper
+from persona.train.estimate.paper import CAPABILITY, META, Kernel, Paper
 
 GIB = 2**30
 LAYERS_RUN = (2, 3)
@@ -103,10 +103,9 @@ class OnPaper:
 
     def _attention(self) -> str:
         """The form of attention over trees on the device, as any GPU since RTX 30 has it."""
-        text = self.model.config.get_text_config()
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        dtype = DTYPES[self.setup.precision]
-        return IN_FORM[choose(self.setup.device, (8, 6), sys.platform != "win32", dtype, size).form]
+        text, dtype = self.model.config.get_text_config(), DTYPES[self.setup.precision]
+        size = head_size(widest_layer(text))
+        return IN_FORM[choose(self.setup.device, CAPABILITY, sys.platform != "win32", dtype, size).form]
 
     def step(self, examples: Sequence[Example]) -> Step:
         """A training step with `examples` in one pack, while the gradients of an earlier pack are there."""

@@ -26,6 +26,7 @@ FREE = frozenset(
     )
 )
 META = torch.device("meta")
+CAPABILITY = (8, 6)  # of the GPU on paper: an RTX 30
 
 
 @dataclass(frozen=True)
@@ -194,18 +195,24 @@ def _fused_attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     causal = bool(rest.get("is_causal"))
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)[0]
+    out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)[0]
+    return out[..., : value.shape[-1]]  # that of the meta device takes the size of the queries
 
 
 @contextmanager
 def _patched(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Autocast to `dtype` as on `device`, whether or not torch finds such a device here."""
     common: Any = torch.cuda.amp.common
-    places = [(common, "amp_definitely_not_available"), (torch.cuda, "is_bf16_supported")]
+    places = [
+        (common, "amp_definitely_not_available"),
+        (torch.cuda, "is_bf16_supported"),
+        (torch.cuda, "get_device_capability"),
+    ]
     before = [getattr(place, name) for place, name in places]
     try:
         common.amp_definitely_not_available = lambda: False
         torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+        torch.cuda.get_device_capability = lambda device=None: CAPABILITY
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             yield
     finally:
