@@ -4,7 +4,8 @@ A mask over the whole tree is exact too, but nearly all of it is zeros. On a GPU
 (`persona.engine.flash`). Elsewhere, and for what these do not carry, a tree is cut into blocks of neighbouring
 branches: a block attends only to the ancestors of its branches, whose keys are taken once for all of them, and to
 itself. It consists of matrix products and softmax alone, so the same code runs on every device; the weights are never
-kept but computed again in the backward pass, as in FlashAttention (arXiv 2205.14135).
+kept but computed again in the backward pass, as in FlashAttention (arXiv 2205.14135). Blocks carry windows, soft caps,
+sinks, and values of another size than the keys. Anything else that a model asks of its attention is refused.
 """
 
 from collections.abc import Sequence
