@@ -26,13 +26,14 @@ from making.packs import (
     with_adapter,
 )
 from making.tiny import family, model, save_model
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from persona.config import Quantization
 from persona.engine.attention import NAME
 from persona.engine.fused import fuse, unfuse
 from persona.engine.loss import negative_log_likelihood, supervised_logits
 from persona.engine.packing import inputs, pack, plan_packs
-from persona.engine.trial import SHARING, why_not
+from persona.engine.trial import SHARING, keep_rows, why_not
 from persona.model.loading import load_base
 from persona.model.render import Example, chat_format, render
 from persona.train.loop import mean_loss
@@ -139,6 +140,39 @@ def test_windows_of_any_length(window):
 def test_layers_that_take_the_keys_of_others_share(window):
     kinds = ["sliding_attention", "full_attention"] * 2
     compared("gemma4_text", sliding_window=window, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds)
+
+
+TEXT = {
+    **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0},
+}
+SLIDES = ALTERNATE | {"sliding_window": 16}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+WRAPPERS = {
+    "gemma3": (SLIDES, {"image_size": 32}),
+    "gemma4": (
+        SLIDES | {"global_head_dim": 32, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 512},
+        {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+    ),
+    "mistral3": ({"model_type": "ministral3", "sliding_window": None}, {"model_type": "pixtral", "image_size": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_model_that_reads_pictures_shares_by_its_language_part(kind):
+    text, tower = WRAPPERS[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, text_config=TEXT | text, vision_config=TOWER | tower)
+        base = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    tuned, examples = with_adapter(base.requires_grad_(False)), cases()["history kept"]
+    assert why_not(tuned.config, 4096) is None
+    right = measured(tuned, (plain_loss(tuned, example) for example in examples))
+    tuned.get_base_model().set_attn_implementation(NAME)
+    fuse(tuned)
+    assert_same(packed_result(tuned, examples, 100_000, True), right)
+    keep_rows(tuned)
+    assert tuned.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0, None])
