@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from persona.config import Lora
 from persona.engine import fused, packing, trial
 from persona.engine.attention import NAME, Softmax, tree_attention
 from persona.engine.trial import difference, plain_loss, prepare_layout, trial_examples, why_not, without_chance
+from persona.errors import UsageError
 from persona.model.loading import add_adapter
 from persona.train.run import finetune
 
@@ -116,6 +118,16 @@ def test_layers_are_checkpointed_in_the_trial_without_chance_or_trace(architectu
     assert not any("forward" in vars(module) for module in tuned.modules())
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert after[1:] == before[1:]
+
+
+def test_a_model_that_computes_nothing_is_refused(accelerator, monkeypatch):
+    tuned, examples = with_adapter(model("deepseek_v3", head_dim=16)), cases()["history kept"]  # its positions need 8
+    with pytest.raises(UsageError, match="cannot compute this deepseek_v3 model: The size of tensor"):
+        prepare_layout(tuned, examples, 300, accelerator)
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(trial, "plain_loss", Mock(side_effect=full))
+    with pytest.raises(torch.OutOfMemoryError):
+        prepare_layout(tuned, examples, 300, accelerator)
 
 
 def test_functional_dropout_is_off_in_the_trial(accelerator):
