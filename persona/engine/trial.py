@@ -170,7 +170,7 @@ def _alone(model: Any, examples: Sequence[Example], accelerator: Any) -> tuple[f
             raise
         raise UsageError(
             f"transformers cannot compute this {model.config.model_type} model: {excerpt(str(error), 200)}. Its "
-            "config.json may not fit its weights, or it needs a package or a device that is missing. Take another model."
+            "config.json may not fit its weights, or it needs a package or device that is missing. Take another model."
         ) from error
 
 

@@ -168,7 +168,7 @@ def test_a_named_layer_of_a_tower_is_left_out_too():
     ("architecture", "kinds", "barred"),
     [
         ("mamba", {"in_proj", "x_proj", "dt_proj"}, "out_proj"),
-        ("qwen2_moe", {"q_proj", "k_proj", "v_proj", "o_proj"}, "up_proj"),
+        ("glm4_moe", {"q_proj", "k_proj", "v_proj", "o_proj"}, "up_proj"),
         ("deepseek_v3", {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}, "gate_proj"),
     ],
 )
