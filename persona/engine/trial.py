@@ -166,7 +166,7 @@ def _alone(model: Any, examples: Sequence[Example], accelerator: Any) -> tuple[f
     try:
         return _measured(model, losses, accelerator)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or "same device" in str(error):  # the latter is a bug of ours
             raise
         raise UsageError(
             f"transformers cannot compute this {model.config.model_type} model: {excerpt(str(error), 200)}. Its "
