@@ -26,7 +26,7 @@ from persona.train.run import Material, finetune
 from persona.train.run_folder import log_folder
 
 BAR, BINS = 40, 8  # signs of the longest bar of the histogram, and its bars
-MEASURED = 2  # updates
+WARM_UP, MEASURED = 1, 2  # updates; the first one also makes the optimizer's states and loads libraries' code
 
 
 class _Enough(Exception):
@@ -129,7 +129,7 @@ def _on_paper(run: Forecast) -> _Time | None:
 
 
 def _measured(config: Config, run: Forecast) -> _Time:
-    """The time of the first updates of a real run in a folder of its own, and of the evaluation before them."""
+    """The time of the updates after the first of a real run in a folder of its own, and of the evaluation before."""
     updates: list[Update] = []
     before = 0.0
 
@@ -137,7 +137,7 @@ def _measured(config: Config, run: Forecast) -> _Time:
         nonlocal before
         updates.append(update)
         before = before or trainer.progress.seconds - update.seconds
-        if len(updates) == min(MEASURED, trainer.total):
+        if len(updates) == min(WARM_UP + MEASURED, trainer.total):
             raise _Enough
 
     with tempfile.TemporaryDirectory(prefix="persona-dry-run-") as folder:
@@ -148,8 +148,8 @@ def _measured(config: Config, run: Forecast) -> _Time:
             pass
         finally:
             shutil.rmtree(log_folder(Path(folder)), ignore_errors=True)
-    computed = run.tokens_of(range(len(updates)))
-    return _Time(sum(update.seconds for update in updates) / computed, before)
+    measured = range(min(WARM_UP, len(updates) - 1), len(updates))
+    return _Time(sum(updates[step].seconds for step in measured) / run.tokens_of(measured), before)
 
 
 def _time(run: Forecast, time: _Time | None, room: Room, evaluations: int) -> str:

@@ -17,7 +17,16 @@ from persona.files import JsonObject
 from persona.model.architecture import read_architecture
 from persona.model.dataset import Conversation
 from persona.model.render import Example
-from persona.train.estimate.fit import CPU_SHARE, ON_CPU, TIGHT, Room, largest_pack, room_here, with_losses
+from persona.train.estimate.fit import (
+    CPU_SHARE,
+    EVALUATION_CODE,
+    ON_CPU,
+    TIGHT,
+    Room,
+    largest_pack,
+    room_here,
+    with_losses,
+)
 from persona.train.estimate.memory import GIB, OnPaper, Setup, Step
 from persona.train.loop import conversations_of, total_updates
 
@@ -113,7 +122,8 @@ class Forecast:
         resident: float,
     ) -> None:
         """`resident` is the memory of this process before the model is loaded."""
-        self.config, self.train, self.room, self.resident = config, train, room, resident
+        self.config, self.train, self.room = config, train, room
+        self.resident = resident + (EVALUATION_CODE if config.data.validation_file else 0.0)
         checkpointing = config.training.gradient_checkpointing
         self.setup = Setup(
             model_config, config.lora, config.quantization, precision, room.kind, optimizer, checkpointing
@@ -140,7 +150,8 @@ class Forecast:
     @property
     def lost(self) -> float:
         """Bytes that are needed beside the tensors of a step."""
-        return with_losses(self.step.parts, self.room.kind, self.resident) - self.step.peak
+        needed = with_losses(self.step.parts, self.room.kind, self.resident, self.setup.precision)
+        return needed - self.step.peak
 
     @property
     def trial_is_more(self) -> bool:

@@ -21,7 +21,7 @@ from persona.engine.packing import pack, plan_packs
 from persona.engine.trial import HEAD, TAIL, TRIAL_BLOCK, plain_loss, trial_examples, why_not, without_chance
 from persona.model.architecture import layers_in_4_bits, without_weights
 from persona.model.device import DTYPES
-from persona.model.loading import add_adapter, refuse_experts
+from persona.model.loading import add_adapter, keep_gradients_in_4bit, refuse_experts
 from persona.model.render import Example
 from persona.train.estimate.paper import CAPABILITY, META, Kernel, Paper
 
@@ -260,4 +260,5 @@ def _quantize(model: Any, quantization: Quantization, dtype: torch.dtype) -> Non
             if module.bias is not None:
                 layer.bias = nn.Parameter(torch.empty(out, dtype=dtype), False)
         model.set_submodule(path, layer)
+    keep_gradients_in_4bit(model)
     model.is_loaded_in_4bit = True

@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -151,3 +152,11 @@ def test_a_norm_on_a_gpu_is_one_kernel_forward_and_one_backward():
         ("_fused_rms_norm", 2 * one + row + 2 * 64),
         ("_fused_rms_norm_backward", 3 * one + row + 2 * 64),
     ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trial_of_a_base_in_4_bits_is_counted_on_every_cpu(monkeypatch, checkpointing):
+    """In evaluation bitsandbytes repacks 4-bit weights on CPUs with avx512_bf16, which the trial must not do."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    paper = OnPaper(replace(setup(model("llama").config, checkpointing, four=True), precision="bf16"))
+    assert paper.trial(EXAMPLES) > paper.step(GROUP).parts["weights in 4 bits"]
