@@ -46,6 +46,6 @@ class Interrupted(PersonaError):
 
 
 class VerificationFailed(PersonaError):
-    """A merged model differs from base + adapter; it was not kept."""
+    """A merged model differs from base + adapter, or an exported prompt from the trained one; it was not kept."""
 
     exit_code = 1

@@ -18,7 +18,7 @@ from persona.model.dataset import read_system_prompt
 from persona.model.render import ChatFormat, Message
 from persona.records import MACRO, read_records
 
-_OURS = "# Written by merge_lora_to_fp16.py; "
+_OURS = "Written by merge_lora_to_fp16.py"
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def check_options(options: Namespace, tuned: Tuned) -> None:
         raise UsageError(f"--gguf and --gguf-adapter name the same file, {options.gguf}.")
     for option, path in outputs.items():
         check_output(path, option, [tuned.base, tuned.adapter, tuned.merged])
-        beside = path.with_suffix(".Modelfile")
-        if os.path.exists(beside) and not beside.read_text(encoding="utf-8", errors="replace").startswith(_OURS):
-            raise UsageError(f"{beside} exists and was not written by this script; move it, or name another GGUF file.")
+        _check_beside(path)
     if options.gguf:
         check_checkout(options.llama_cpp, MODEL_SCRIPT)
         check_model(tuned.base, tuned.fmt.tokenizer, options.llama_cpp.expanduser())
@@ -71,6 +69,14 @@ def check_options(options: Namespace, tuned: Tuned) -> None:
             f"--examples: the training data of this run, {train_file}, is not there. Run this in the folder in which "
             "you trained, or name the file with --set data.train_file=FILE."
         )
+
+
+def _check_beside(gguf: Path) -> None:
+    """Raise `UsageError` if a file that is written beside `gguf` is there and of somebody else."""
+    for path in (gguf.with_suffix(".Modelfile"), gguf.with_suffix(".jinja")):
+        text = path.read_text(encoding="utf-8", errors="replace") if os.path.exists(path) else _OURS
+        if _OURS not in text.partition("\n")[0]:
+            raise UsageError(f"{path} exists and was not written by this script; move it, or name another GGUF file.")
 
 
 def _refuse_unused(options: Namespace) -> None:
@@ -135,14 +141,17 @@ def _write_adapter(output: Path, llama_cpp: Path, tuned: Tuned) -> str:
     )
     adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     notes = _write_modelfile(output, [f"FROM ./{base_file.name}", f"ADAPTER ./{output.name}"], adds_bos, tuned)
-    return _paragraph(summary, notes, output, f"-m {base_file.as_posix()} --lora {output.as_posix()}")
+    template = output.with_suffix(".jinja")  # the base's file has the base's own, which may think
+    write_text(template, f"{{#- {_OURS} as the chat template of {output.name} #}}\n{tokenizer.chat_template}")
+    options = f"-m {base_file.as_posix()} --lora {output.as_posix()} --chat-template-file {template.as_posix()}"
+    return _paragraph(summary, notes, output, options)
 
 
 def _write_modelfile(gguf: Path, start: list[str], adds_bos: bool, tuned: Tuned) -> list[str]:
     """Write the Modelfile beside `gguf`; returns notes for a person."""
     config, path = tuned.config, gguf.with_suffix(".Modelfile")
     text, notes = modelfile(start, tuned.fmt, adds_bos, tuned.system, config.generation, config.data.max_length)
-    write_text(path, f"{_OURS}ollama create {gguf.stem.lower()} -f {path.name}\n{text}")
+    write_text(path, f"# {_OURS}; ollama create {gguf.stem.lower()} -f {path.name}\n{text}")
     return notes
 
 

@@ -1,8 +1,6 @@
 """A merged model, or an adapter alone, as a GGUF file: converted by llama.cpp, compared, and only then put in place."""
 
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from persona.export.gguf_check import (
     GGUFReport,
     arrangement,
     check_metadata,
+    check_served,
     compare_weights,
     correct_metadata,
     fields_of,
@@ -31,7 +30,7 @@ from persona.export.llama_cpp import (
     check_space,
     run_converter,
 )
-from persona.files import ADAPTER_WEIGHTS, appearing_file, check_file, read_json, scratch, write_json
+from persona.files import ADAPTER_WEIGHTS, appearing_file, check_file, scratch, write_json
 from persona.merge.adapter import PREFIX, read_adapter
 from persona.merge.changes import LowRank
 from persona.model.folders import tensor_index, text_config
@@ -54,22 +53,23 @@ def convert_model(
     """Write the Hugging Face folder `model` as `output`, complete and compared or not at all.
 
     Returns the comparison, and a sentence for each corrected value. Raises `EnvironmentFault` when llama.cpp fails,
-    `DataError` when its file is not the model.
+    `DataError` when its file is not the model, and `VerificationFailed` when it would not write the trained prompt.
     """
     script = check_checkout(llama_cpp, MODEL_SCRIPT)
     weights = sum(math.prod(info["shape"]) for _, _, info in tensor_index(model).values())
     check_space(output, weights, outtype)
-    with _converted_to(output, script) as staging, _as_trained(model, fmt) as folder:
-        run_converter(script, [folder, "--outfile", staging, "--outtype", outtype, "--model-name", output.stem])
+    with _converted_to(output, script) as staging:
+        run_converter(script, [model, "--outfile", staging, "--outtype", outtype, "--model-name", output.stem])
         return _compared(staging, model, fmt)
 
 
 def _compared(path: Path, model: Path, fmt: ChatFormat) -> tuple[GGUFReport, list[str]]:
-    corrections = correct_metadata(path, fmt)
-    reader = open_gguf(path)  # its end closes the file: Windows cannot rename one that is mapped
+    notes = correct_metadata(path, fmt)
+    reader = open_gguf(path)
     report = compare_weights(reader, model)
     check_metadata(fields_of(reader), model, fmt)
-    return report, corrections
+    del reader  # Windows cannot rename a file that is mapped
+    return report, notes + check_served(path, fmt)
 
 
 def convert_adapter(adapter: Path, base: Path, output: Path, llama_cpp: Path) -> int:
@@ -151,26 +151,3 @@ def _converted_to(output: Path, script: Path) -> Iterator[Path]:
             f"it was. Update llama.cpp (`git pull` in {script.parent}) and run it again; if the newest one does the "
             "same, its converter is at fault with this model: report it there."
         ) from None
-
-
-@contextmanager
-def _as_trained(model: Path, fmt: ChatFormat) -> Iterator[Path]:
-    """`model`, or a copy of it without the chat template that the converter would take instead of the trained one.
-
-    It prefers the template in tokenizer_config.json, the base's own, to chat_template.jinja (gguf/vocab.py).
-    """
-    settings = model / "tokenizer_config.json"
-    values = read_json(settings) if settings.is_file() else {}
-    if values.pop("chat_template", fmt.tokenizer.chat_template) == fmt.tokenizer.chat_template:
-        yield model
-        return
-    whole = model.resolve()
-    with scratch(whole.with_name(f".converting-{whole.name}")) as folder:
-        for path in model.iterdir():
-            if path.is_file() and path != settings:
-                try:
-                    os.link(path.resolve(), folder / path.name)
-                except OSError:  # a file system without links
-                    shutil.copyfile(path, folder / path.name)
-        write_json(folder / settings.name, values)
-        yield folder

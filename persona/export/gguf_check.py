@@ -27,10 +27,13 @@ from gguf import (
 )
 from safetensors import safe_open
 
-from persona.errors import DataError
+from persona.errors import DataError, EnvironmentFault, VerificationFailed
+from persona.export import runtime
 from persona.files import JsonObject
+from persona.merge.verify import check_prompts, other_prompt, trained_prompts
 from persona.model.folders import read_config, tensor_index, text_config
 from persona.model.render import ChatFormat, Message, prompt_text
+from persona.model.token_cache import decode
 
 # How the converter (conversion/*.py of llama.cpp) arranges weights, by model_type of config.json. Rows of q and k are
 # put in the order of the rotary embedding that llama.cpp has for these:
@@ -298,6 +301,31 @@ def check_metadata(fields: JsonObject, model: Path, fmt: ChatFormat) -> None:
         problems.append("it has no chat template" if template is None else "its chat template is not the trained one")
     if problems := problems + _vocabulary_problems(fields, fmt):
         raise DataError(listed(problems))
+    check_prompts(fmt.tokenizer, str(template), fmt)
+
+
+def check_served(path: Path, fmt: ChatFormat) -> list[str]:
+    """Compare the prompts that llama.cpp makes of the file at `path` with the trained ones, whatever it is sent.
+
+    Returns a note if it could not be tried; raises `VerificationFailed`.
+    """
+    untried = "llama.cpp itself was not asked which prompt it makes of this file"
+    if not runtime.is_there():
+        return [f"{untried}: pip install {runtime.WHEEL} brings its runtime, and --gguf then asks it"]
+    asked = trained_prompts(fmt)
+    requests = [{"messages": messages, "chat_template_kwargs": sent} for messages, sent, _ in asked]
+    try:
+        prompts = runtime.served(path, requests)
+    except EnvironmentFault as error:
+        return [f"{untried}: {error}"]
+    for (messages, sent, trained), ids in zip(asked, prompts, strict=True):
+        if ids != trained:
+            text = ids if isinstance(ids, str) else decode(ids, fmt.tokenizer)
+            raise VerificationFailed(
+                f"{other_prompt('llama.cpp', messages, sent, text, fmt)} Merge without --gguf and serve the folder by "
+                "vLLM or transformers, or train with a simpler template (model.chat_template)."
+            )
+    return []
 
 
 def _vocabulary_problems(fields: JsonObject, fmt: ChatFormat) -> list[str]:

@@ -120,8 +120,6 @@ def _pieces(fmt: ChatFormat, bos: str) -> _Pieces:
 
 
 def _greeting(fmt: ChatFormat, user: dict[tuple[bool, bool, bool], Gap], bos: str) -> dict[bool, Gap] | None:
-    if fmt.fold_system:
-        return None
     gaps = {}
     for system in _BOTH:
         try:

@@ -49,6 +49,7 @@ def merge_and_verify(
     )
     if not report.base_checked:
         yield "This adapter does not say which weights it was trained on; only shapes were compared."
+        yield "The chat template is written with thinking off; if it was trained with it, put the base's in its place."
     if report.untied:
         yield "The embeddings were one tensor and are two now, as the adapter changes them differently."
     yield f"Written to {output}"

@@ -29,7 +29,7 @@ from persona.files import appearing, recover, rename, scratch
 from persona.merge.adapter import Adapter, read_adapter
 from persona.merge.changes import Change, FourBits, LowRank, dequantized_weights
 from persona.merge.folder import check_output, check_space, write_rest
-from persona.merge.verify import Proof, Verdict, verify
+from persona.merge.verify import Proof, Verdict, check_folder_prompts, verify
 from persona.merge.weights import Output, WeightsReport, stored_tensors, write_weights
 from persona.model.adapters import check_base
 from persona.model.architecture import language_modules, skeleton
@@ -83,6 +83,7 @@ def merge(
                 with scratch(folder.with_name(f".candidate-{folder.name}")) as candidate:
                     weights = write_weights(plan, candidate, shard_bytes, dtype)
                     write_rest(candidate, base, adapter, dtype, generation, bool(changes.untied))
+                    check_folder_prompts(candidate, base, adapter)
                     if proof is not None:
                         verdicts.append(verify(candidate, base, adapter, dtype, proof, quantized))
                     if report is None or verdicts[-1].merged < verdicts[0].merged:

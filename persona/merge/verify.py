@@ -4,14 +4,18 @@ The two are never in memory together; of the first only its logits at the replie
 """
 
 import gc
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.nn.functional as F
+from transformers import AutoTokenizer
 
 from persona.config import Data, Quantization
 from persona.engine.attention import take_over
@@ -24,7 +28,8 @@ from persona.model.architecture import skeleton
 from persona.model.dataset import render_records
 from persona.model.device import enough_memory
 from persona.model.loading import load_adapter, load_base, trained_format
-from persona.model.render import ChatFormat, Example
+from persona.model.render import ChatFormat, Example, Message, Untrainable, prompt_ids, prompt_text
+from persona.model.template import SENT, Sent
 from persona.records import Record, read_records
 
 TOKENS = 512  # tokens of replies that are compared
@@ -154,6 +159,49 @@ def verify(
             "nevertheless."
         )
     return verdict
+
+
+def trained_prompts(fmt: ChatFormat) -> list[tuple[list[Message], Sent, list[int]]]:
+    """Conversations with everything that runtimes may send for the switches, and the ids that were trained."""
+    prompts = []
+    for turns in ((0,), (0, 1), (2, 0, 1)):
+        texts = [text for turn in turns for text in _BUILT_IN[turn]][:-1]
+        asked = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+        for messages in (asked, [{"role": "system", "content": "You keep the lamp.\n\nSay 你好."}, *asked]):
+            with suppress(Untrainable):  # refused by the template in training too
+                ids = prompt_ids(messages, fmt)
+                prompts += [(messages, sent, ids) for sent in SENT]
+    return prompts
+
+
+def check_folder_prompts(folder: Path, base: Path, adapter: Path) -> None:
+    """Raise `VerificationFailed` unless the template that transformers takes from `folder` gives the trained prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_prompts(tokenizer, tokenizer.chat_template, trained_format(base, adapter))
+
+
+def check_prompts(tokenizer: Any, template: str, fmt: ChatFormat) -> None:
+    """Raise `VerificationFailed` unless `template` gives the trained prompt, id by id, whatever a runtime sends."""
+    for messages, sent, trained in trained_prompts(fmt):
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True, **sent
+        )
+        if tokenizer.encode(text, add_special_tokens=False) != trained:
+            raise VerificationFailed(
+                f"{other_prompt('transformers', messages, sent, text, fmt)} Train with a simpler template "
+                "(model.chat_template)."
+            )
+
+
+def other_prompt(program: str, messages: Sequence[Message], sent: Sent, text: str, fmt: ChatFormat) -> str:
+    """A sentence on the prompt `text` that `program` makes of `messages`, which is not the trained one."""
+    trained = prompt_text(messages, fmt)
+    roles, switches = " ".join(message["role"] for message in messages), json.dumps(sent) if sent else "no switch"
+    difference = "in other tokens" if text == trained else f"as {text!r}, trained was {trained!r}"
+    return (
+        f"The exported model would be asked otherwise than it was trained, so nothing was kept: {program} writes a "
+        f"conversation of {roles} with {switches} {difference}."
+    )
 
 
 def _base_logits(base: Path, adapter: Path, proof: Proof, four_bits: FourBits | None) -> torch.Tensor:

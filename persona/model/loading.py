@@ -34,7 +34,8 @@ from persona.model.architecture import (
     text_layers,
 )
 from persona.model.device import DTYPES
-from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format, freeze_date
+from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format
+from persona.model.template import freeze_date
 
 # PEFT 0.21 reads a property that transformers 5.23 deprecates
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -10,12 +10,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from persona.errors import DataError, UsageError
+from persona.model.template import NO_THINKING, SENT, Sent, fixed, with_opening, with_system_folded
 from persona.model.token_cache import Encoder
 
 Message = dict[str, str]
@@ -27,8 +27,6 @@ BUILTIN_TEMPLATE = (
     "{% else %}{{ '### Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-# Switches by which templates leave out the thinking block; a template ignores the ones it does not know.
-NO_THINKING = {"enable_thinking": False, "thinking": False}
 _SYSTEM, _QUESTION, _REPLY, _SECOND = "Zsystemz Ztextz", "Zquestionz Zonez", "Zreplyz Ztextz", "Zquestionz Ztwoz"
 _OPEN_THOUGHT = re.compile(r"<([a-z:_]*think[a-z]*)>(?!.*</\1>)", re.DOTALL)
 _ASKED: tuple[Message, ...] = ({"role": "user", "content": _QUESTION},)
@@ -42,7 +40,6 @@ _TALK: tuple[Message, ...] = (
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 # transformers marks the control tokens that people typed with such characters, and drops them from their texts
 _PRIVATE_USE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010ffff]")
-_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 class Untrainable(DataError):
@@ -62,11 +59,8 @@ class ChatFormat:
     """A model's chat template and the results of probing it."""
 
     tokenizer: Any
+    """Its chat template is the one that is exported: it gives the trained prompt whatever a runtime sends."""
     encoder: Encoder
-    fold_system: bool
-    """Whether the template lacks a system role, so that the system prompt goes before the first user message."""
-    opening: str
-    """Text written after the generation prompt so that the reply follows at once, such as an empty thinking block."""
     lead: str
     """White space that the template writes before a reply."""
     frame: tuple[str, str]
@@ -84,43 +78,65 @@ class ChatFormat:
     """Sentences about this template for a person."""
 
 
-def freeze_date(template: str, day: date) -> str:
-    """`template` with calls of `strftime_now` replaced by `day`, so that training, chat and export agree."""
-    return _NOW.sub(lambda match: repr(day.strftime(match[2])), template)
-
-
 def chat_format(tokenizer: Any) -> ChatFormat:
-    """Probe `tokenizer`'s chat template; raises `UsageError` with the reason when replies cannot be trained exactly."""
+    """Probe `tokenizer`'s chat template, and make it the exported one (see `persona.model.template`).
+
+    Raises `UsageError` with the reason when replies cannot be trained exactly.
+    """
     notes = []
-    fold_system = not _has_system_role(tokenizer)
-    if fold_system:
+    _fix_switches(tokenizer)
+    if not _has_system_role(tokenizer):
+        tokenizer.chat_template = with_system_folded(tokenizer.chat_template)
         notes.append("the template has no system role: the system prompt goes in front of the first user message")
     elif injected := _injected_system(tokenizer):
         notes.append(f"without a system prompt the template writes its own: {injected!r}")
     _check_history(tokenizer)
     before, _, after = _apply(tokenizer, [*_ASKED, _said(_REPLY)], False).rpartition(_REPLY)
     lead, opening, tail = _reply_opening(tokenizer, before, notes)
+    if opening:
+        tokenizer.chat_template = with_opening(tokenizer.chat_template, opening)
     end_text, end_id = _reply_end(tokenizer, after, notes)
-    control = _control_tokens(tokenizer, opening)
+    control = _control_tokens(tokenizer)
     tokenizer.chat_control_tokens = sorted(control)  # read by sanitize_control_tokens
     typed = re.compile("|".join(map(re.escape, sorted(control))) or "(?!)")
-    encoder = Encoder(tokenizer, _apply(tokenizer, _folded(_TALK, fold_system), True) + opening)
-    ends, guards, frame = (end_text, end_id), (control, typed), (before, after)
-    return ChatFormat(tokenizer, encoder, fold_system, opening, lead, frame, *ends, tail, *guards, tuple(notes))
+    encoder = Encoder(tokenizer, _apply(tokenizer, _TALK, True))
+    return ChatFormat(tokenizer, encoder, lead, (before, after), end_text, end_id, tail, control, typed, tuple(notes))
+
+
+def _fix_switches(tokenizer: Any) -> None:
+    """Give `tokenizer` the template whose switches are fixed, which has to say what its own says without thinking."""
+    conversations = (_TALK, _TALK[1:], _TALK[1:2])
+    own = [_attempt(tokenizer, messages, NO_THINKING) for messages in conversations]
+    if own[-1] is None:
+        _apply(tokenizer, _ASKED, True)  # refused in the template's own words
+    special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    tokenizer.chat_template = fixed(tokenizer.chat_template, special)
+    for sent in SENT:
+        if [_attempt(tokenizer, messages, sent) for messages in conversations] != own:
+            raise UsageError(
+                "The chat template reads a switch in a way that cannot be fixed, so other programs would write another "
+                "prompt than the trained one. Take a template without thinking as model.chat_template."
+            )
+
+
+def _attempt(tokenizer: Any, messages: Sequence[Message], sent: Sent) -> str | None:
+    try:
+        return _text(tokenizer, messages, True, sent)
+    except _REFUSALS:
+        return None
 
 
 def _said(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _control_tokens(tokenizer: Any, opening: str) -> frozenset[str]:
+def _control_tokens(tokenizer: Any) -> frozenset[str]:
     # Special tokens, and added ones that are written around people's text, except white space (Gemma has "\n\n" among
     # its added tokens)
-    written = tokenizer.chat_template + opening
     return frozenset(
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in written and not token.content.isspace())
+        if token.special or (token.content in tokenizer.chat_template and not token.content.isspace())
     )
 
 
@@ -133,9 +149,9 @@ def _apply(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool)
         raise UsageError(f"The chat template refuses a conversation of {roles}: {error}") from None
 
 
-def _text(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+def _text(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool, sent: Sent = SENT[0]) -> str:
     return tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **NO_THINKING
+        list(messages), tokenize=False, add_generation_prompt=generation_prompt, **sent
     )
 
 
@@ -199,13 +215,6 @@ def _reply_end(tokenizer: Any, after: str, notes: list[str]) -> tuple[str, int]:
     return end_text, ids[0]
 
 
-def _folded(messages: Sequence[Message], fold_system: bool) -> list[Message]:
-    if not fold_system or not messages or messages[0]["role"] != "system":
-        return list(messages)
-    system, first, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-
-
 def _is_marked(text: str, fmt: ChatFormat) -> bool:
     """Whether transformers would mark something in `text`, so that it is not encoded as it is."""
     return fmt.typed.search(text) is not None or not (text.isascii() or _PRIVATE_USE.search(text) is None)
@@ -213,7 +222,7 @@ def _is_marked(text: str, fmt: ChatFormat) -> bool:
 
 def prompt_text(messages: Sequence[Message], fmt: ChatFormat) -> str:
     """The text that chat feeds the model before it replies; raises `UsageError` if the template refuses."""
-    return _apply(fmt.tokenizer, _folded(messages, fmt.fold_system), True) + fmt.opening
+    return _apply(fmt.tokenizer, messages, True)
 
 
 def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
@@ -221,18 +230,15 @@ def prompt_ids(messages: Sequence[Message], fmt: ChatFormat) -> list[int]:
 
     Control tokens in the messages' own text are encoded as plain text, never as control ids.
     """
-    folded = _folded(messages, fmt.fold_system)
     try:
-        if any(_is_marked(text, fmt) for message in folded for text in message.values()):
-            ids = fmt.tokenizer.apply_chat_template(
-                folded, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, **NO_THINKING
+        if any(_is_marked(text, fmt) for message in messages for text in message.values()):
+            return fmt.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
             )
-        else:
-            ids = fmt.encoder.encode(_text(fmt.tokenizer, folded, True))
+        return fmt.encoder.encode(_text(fmt.tokenizer, messages, True))
     except _REFUSALS as error:
         roles = " ".join(message["role"] for message in messages)
         raise Untrainable(f"the chat template refuses a conversation of {roles}: {error}") from None
-    return ids + fmt.encoder.encode_behind(fmt.tail.removesuffix(fmt.opening), fmt.opening) if fmt.opening else ids
 
 
 def reply_ids(reply: str, fmt: ChatFormat) -> list[int]:

@@ -151,6 +151,11 @@ def test_gguf_adapter_modelfiles_and_card_are_written_together(merge):
     assert (data["name"], data["system_prompt"], data["first_mes"]) == ("Keeper", "You keep the lamp.", "Aye?")
     assert data["mes_example"] == ""
     assert Path("守灯人.gguf").stat().st_size > 1000
+    assert "--lora sub/lora.gguf --chat-template-file sub/lora.jinja --jinja" in said
+    template = Path("sub/lora.jinja").read_text(encoding="utf-8")
+    assert template == Path("out/chat_template.jinja").read_text(encoding="utf-8").join(
+        ["{#- Written by merge_lora_to_fp16.py as the chat template of lora.gguf #}\n", ""]
+    )
     merge("--gguf-adapter", "sub/lora.gguf", "--llama-cpp", "llama.cpp")  # its own files are replaced
 
 

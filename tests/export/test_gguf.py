@@ -14,7 +14,7 @@ from making.tiny import model as tiny_random_model
 from safetensors.torch import load_file, save_file
 
 from persona.errors import DataError, EnvironmentFault, UsageError
-from persona.export import gguf
+from persona.export import gguf, runtime
 from persona.export.gguf import check_output, convert_adapter, convert_model
 from persona.export.gguf_check import fields_of, open_gguf
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_model, run_converter
@@ -86,6 +86,7 @@ def toy(monkeypatch):
                 toy_converter.convert_adapter(source, options["--base"], options["--outfile"], fault)
 
         monkeypatch.setattr(gguf, "run_converter", run)
+        monkeypatch.setattr(runtime, "is_there", lambda: False)  # seconds a file; test_runtime.py asks llama.cpp
 
     return chosen
 
@@ -166,17 +167,15 @@ def test_an_end_token_that_no_runtime_knows_becomes_the_end_token(convert, check
     assert "<|fin|>" in corrections[0]
 
 
-def test_the_trained_chat_template_wins_over_the_bases_own(convert, model, fmt, tmp_path):
-    """llama.cpp's converter prefers the one in tokenizer_config.json, which is the base's."""
+def test_a_file_with_another_chat_template_is_not_put_in_place(convert, model, tmp_path):
+    """llama.cpp's converter prefers the one in tokenizer_config.json, which a merge therefore writes too."""
     folder = tmp_path / "with a template"
     shutil.copytree(model, folder)
     settings = read_json(folder / "tokenizer_config.json") | {"chat_template": "{{ 'another' }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    convert(folder=folder)
-    assert metadata(tmp_path)["tokenizer.chat_template"] == fmt.tokenizer.chat_template
-    assert "another" in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "出 out.gguf"])
+    with pytest.raises(DataError, match="its chat template is not the trained one"):
+        convert(folder=folder)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
 def test_of_an_architecture_that_is_not_known_what_differs_is_counted(convert, model, tmp_path):

@@ -1,4 +1,4 @@
-"""A small stand-in for llama.cpp's converters: Llama models and their adapters to GGUF, with a fault when one is asked.
+"""A small stand-in for llama.cpp's converters: Llama and Qwen3 models, and adapters, to GGUF; with a fault if asked.
 
 Written from the description of the format, not from those programs; it knows how they arrange a Llama's weights.
 """
@@ -16,23 +16,30 @@ def _permuted(weight, heads):
 
 
 def _arranged(name, weight, config, fault):
-    if fault == "order" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if fault == "order" or config["model_type"] == "qwen3" or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
     return _permuted(weight, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
 
 
 def convert_model(folder: Path, outfile: Path, outtype: str, name: str, fault: str = "") -> None:
-    """Write the Llama model in `folder` as a GGUF file, with `fault` in it."""
+    """Write the Llama or Qwen3 model in `folder` as a GGUF file, with `fault` in it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(outfile, "llama")
+    architecture = "qwen3" if config["model_type"] == "qwen3" else "llama"
+    writer = gguf.GGUFWriter(outfile, architecture)
     writer.add_name(name)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"] // (2 if fault == "context" else 1))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if architecture == "qwen3":
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     _add_vocabulary(writer, folder, config["vocab_size"], fault)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], config["num_hidden_layers"])
     tensors = load_file(folder / "model.safetensors")
     if fault == "missing":
         tensors.pop(sorted(tensors)[3])
@@ -55,13 +62,16 @@ def _add_vocabulary(writer, folder, rows, fault):
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     texts = {number: text for text, number in raw["model"]["vocab"].items()}
     special = {token["id"]: token["content"] for token in raw["added_tokens"]}
+    plain = {token["id"] for token in raw["added_tokens"] if not token["special"]}
     tokens = [(texts | special).get(number, f"[PAD{number}]") for number in range(rows)]
     tokens = [tokens[1], tokens[0], *tokens[2:]] if fault == "tokens" else tokens
     control = gguf.TokenType.NORMAL if fault == "plain" else gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens[:-5] if fault == "short" else tokens)
-    writer.add_token_types([control if n in special else gguf.TokenType.NORMAL for n in range(rows)])
+    types = dict.fromkeys(special, control) | dict.fromkeys(plain, gguf.TokenType.USER_DEFINED)
+    writer.add_token_types([types.get(n, gguf.TokenType.NORMAL) for n in range(rows)])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     numbers = {text: number for number, text in special.items()}
     writer.add_eos_token_id(0 if fault == "end" else numbers[settings["eos_token"]])

@@ -9,10 +9,11 @@ from making.merging import merge
 from making.runs import config
 from making.tiny import family, save_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from persona.config import Quantization
-from persona.errors import DataError, EnvironmentFault, UsageError
+from persona.errors import DataError, EnvironmentFault, UsageError, VerificationFailed
+from persona.merge import merge as merging
 from persona.model.adapters import TOKENIZER_FILES, kind_of, read_persona
 from persona.model.loading import load_adapter, load_base
 from persona.train.run import finetune
@@ -86,6 +87,44 @@ def test_the_folder_has_all_a_runtime_needs(trained, tmp_path):
     assert read_persona(merged) == read_persona(adapter)
     assert kind_of(merged) == "model"
     assert not list(merged.parent.glob(".staging*"))
+
+
+def test_every_template_in_the_folders_is_the_trained_one(tmp_path, monkeypatch):
+    """With the base's own in three files, of which programs take one or another."""
+    base = save_model(tmp_path / "base", "llama", family("qwen3"))
+    own = family("qwen3")
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["chat_template"] = [{"name": "default", "template": own.chat_template}]
+    for name, values in (("tokenizer_config.json", settings), ("chat_template.json", {"chat_template": "old"})):
+        (base / name).write_text(json.dumps(values), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    adapter = finetune(config(tmp_path, base, lora={"lora_dropout": 0}), True, lambda _: None)
+    merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
+    talk = [{"role": "user", "content": "Who goes there?"}]
+    trained = own.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    for folder in (adapter, tmp_path / "merged"):
+        texts = {(folder / "chat_template.jinja").read_text(encoding="utf-8")}
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            texts.add(json.loads((folder / name).read_text(encoding="utf-8"))["chat_template"])
+        assert len(texts) == 1
+        loaded = AutoTokenizer.from_pretrained(folder)
+        for sent in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            text = loaded.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, **sent)
+            assert text == trained
+
+
+def test_a_folder_whose_prompt_is_not_the_trained_one_is_not_published(trained, tmp_path, monkeypatch):
+    base, adapter = trained
+    written = merging.write_rest
+
+    def with_the_bases_template(folder, *others):
+        written(folder, *others)
+        (folder / "chat_template.jinja").write_text("{{ 'another' }}", encoding="utf-8")
+
+    monkeypatch.setattr(merging, "write_rest", with_the_bases_template)
+    with pytest.raises(VerificationFailed, match="asked otherwise than it was trained"):
+        merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_another_base_is_refused(trained, tmp_path):

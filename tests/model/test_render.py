@@ -10,17 +10,17 @@ from persona.config import Generation
 from persona.errors import UsageError
 from persona.model.loading import stop_ids
 from persona.model.render import (
-    NO_THINKING,
     Untrainable,
     as_written,
     chat_format,
     fit,
-    freeze_date,
     prompt_ids,
     prompt_room,
+    prompt_text,
     render,
     reply_ids,
 )
+from persona.model.template import NO_THINKING, freeze_date
 from persona.model.token_cache import decode
 from persona.speak.speaker import Speaker
 
@@ -76,9 +76,16 @@ def contexts(messages):
     return [(messages[:i], m["content"]) for i, m in enumerate(messages) if m["role"] == "assistant"]
 
 
+def frozen(name):
+    """The family's tokenizer as it is loaded, with the day of training in its template."""
+    loaded = family(name)
+    loaded.chat_template = freeze_date(loaded.chat_template, date(2026, 3, 5))
+    return loaded
+
+
 @pytest.fixture(scope="module")
 def formats():
-    return {name: chat_format(family(name)) for name in USABLE}
+    return {name: chat_format(frozen(name)) for name in USABLE}
 
 
 # --- every template, every conversation ------------------------------------------------------------------------------
@@ -98,21 +105,56 @@ def test_the_prompt_learned_is_the_prompt_chat_feeds(formats, name, kind):
         assert list(example.prompt_ids) == prompt_ids(before, fmt) == chat_prompt(before, fmt)
 
 
+FOLDED = ("mistral_v1", "gemma2")
+OPENINGS = {"gpt_oss": "<|channel|>final<|message|>", "deepseek_r1": "\n</think>\n\n"}
+
+
 @pytest.mark.parametrize("name", USABLE)
 @pytest.mark.parametrize("kind", TALKS)
 def test_the_prompt_is_the_templates_own(formats, name, kind):
-    fmt = formats[name]
-    opening = fmt.tokenizer.encode(fmt.opening, add_special_tokens=False)
+    fmt, own = formats[name], frozen(name)
     for before, _ in contexts(TALKS[kind]):
         if not learnable(before, fmt):
             continue
         folded = before
-        if fmt.fold_system and before[0]["role"] == "system":
+        if name in FOLDED and before[0]["role"] == "system":
             folded = [{"role": "user", "content": before[0]["content"] + "\n\n" + before[1]["content"]}, *before[2:]]
-        own = fmt.tokenizer.apply_chat_template(
-            folded, tokenize=True, add_generation_prompt=True, return_dict=False, **NO_THINKING
-        )
-        assert prompt_ids(before, fmt) == own + opening
+        text = own.apply_chat_template(folded, tokenize=False, add_generation_prompt=True, **NO_THINKING)
+        assert prompt_ids(before, fmt) == own.encode(text + OPENINGS.get(name, ""), add_special_tokens=False)
+
+
+# What runtimes send: llama.cpp's server sends the first, the date and `preserve_thinking` with every request
+SENT = (
+    {"enable_thinking": True},
+    {"enable_thinking": False},
+    {"thinking": True, "reasoning_effort": "high", "preserve_thinking": True, "drop_thinking": False},
+    {"date_string": "25 Nov 2026", "bos_token": "<other>", "eos_token": "<other>", "system_message": "Obey."},
+    {"strftime_now": lambda form: "never"},
+)
+
+
+@pytest.mark.parametrize("name", USABLE)
+@pytest.mark.parametrize("kind", TALKS)
+def test_the_template_gives_the_trained_prompt_whatever_a_runtime_sends(formats, name, kind):
+    fmt = formats[name]
+    for before, _ in contexts(TALKS[kind]):
+        if learnable(before, fmt) and not fmt.typed.search(str(before)):
+            for sent in SENT:
+                text = fmt.tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True, **sent)
+                assert fmt.tokenizer.encode(text, add_special_tokens=False) == prompt_ids(before, fmt)
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_a_template_is_fixed_once(formats, name):
+    loaded = family(name)
+    loaded.chat_template = formats[name].tokenizer.chat_template
+    fmt = chat_format(loaded)
+    assert fmt.tokenizer.chat_template == formats[name].tokenizer.chat_template
+    for messages in TALKS.values():
+        for before, reply in contexts(messages):
+            assert prompt_ids(before, fmt) == prompt_ids(before, formats[name])
+            if learnable([{"role": "assistant", "content": reply}], fmt):
+                assert reply_ids(reply, fmt) == reply_ids(reply, formats[name])
 
 
 @pytest.mark.parametrize("name", USABLE)
@@ -303,21 +345,19 @@ def test_two_turns_as_written_by_hand(formats, name):
 
 
 def test_what_is_known_about_each_template(formats):
-    traits = {
-        name: (fmt.fold_system, fmt.opening, fmt.lead, as_written(" x ", fmt) == "x") for name, fmt in formats.items()
-    }
-    plain = (False, "", "", False)
+    traits = {name: (fmt.lead, as_written(" x ", fmt) == "x") for name, fmt in formats.items()}
+    plain = ("", False)
     assert traits == {
         "chatml_default": plain,
         "granite_date": plain,
         "qwen3": plain,
-        "llama3": (False, "", "", True),
+        "llama3": ("", True),
         "mistral_nemo": plain,
-        "mistral_v1": (True, "", " ", False),
-        "gemma2": (True, "", "", True),
-        "gpt_oss": (False, "<|channel|>final<|message|>", "", False),
-        "gemma4": (False, "", "", True),
-        "deepseek_r1": (False, "\n</think>\n\n", "", False),
+        "mistral_v1": (" ", False),
+        "gemma2": ("", True),
+        "gpt_oss": plain,
+        "gemma4": ("", True),
+        "deepseek_r1": plain,
         "no_end": plain,
         "builtin": plain,
     }
@@ -450,7 +490,7 @@ def test_the_token_that_closes_a_thought_is_a_control_token():
     fmt = chat_format(
         made(_HEAD + "{% endfor %}" + _TAIL.replace("ant\\n", "ant\\n<think>"), added=["<think>", "</think>"])
     )
-    assert fmt.opening == "\n\n</think>\n\n"
+    assert prompt_text(talk("Hm?"), fmt).endswith("<think>\n\n</think>\n\n")
     with pytest.raises(Untrainable, match="control token"):
         reply_ids("Perhaps.</think>Yes.", fmt)
 
