@@ -68,8 +68,8 @@ def add_arguments(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb in ("predict", "style", "report"):
         base = "replies of the base model, in the same order and format, if PATH is a file of replies"
         parser.add_argument("--base-texts", type=Path, metavar="FILE", help=base)
-        size = "replies generated at a time; fewer need less memory (default: %(default)s)"
-        parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help=size)
+        size = "replies generated at a time; fewer need less memory (default: 8)"
+        parser.add_argument("--batch-size", type=positive, metavar="N", help=size)
     if verb in ("style", "report", "ab-make"):
         limit = {"style": "compare style on N conversations", "ab-make": "show N pairs of replies"}
         text = limit.get(verb, "compare style on N conversations and ask N questions about the lore")

@@ -40,6 +40,11 @@ def main() -> int:
         parser.error("--for-gpu belongs to --dry-run: python finetune.py --dry-run --for-gpu ...")
     if args.show is not None and args.show < 1:
         parser.error(f"--show takes a number from 1 on, not {args.show}")
+    alone = "--doctor" if args.doctor else "--dry-run" if args.dry_run else "--show"
+    if args.resume == "never" and (args.doctor or args.dry_run or args.show is not None):
+        parser.error(f"--resume never starts a run over, and {alone} trains nothing: leave one of them out")
+    if args.doctor and (args.set or args.dry_run or args.show is not None):
+        parser.error("--doctor looks at the machine alone: leave out --set, --show and --dry-run")
     if args.report is not None and not args.doctor:
         parser.error("--report FILE goes with --doctor")
     if args.doctor:

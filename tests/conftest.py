@@ -37,6 +37,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def own_process(tmp_path, monkeypatch):
+    """What a run finds in a process of its own, for the pretended GPU, whose modes belong to one thread."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.fixture(scope="session")
 def chatml():
     """A tokenizer with a ChatML template that writes a default system prompt."""

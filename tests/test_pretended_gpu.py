@@ -30,7 +30,7 @@ from persona.train import run as training
 from persona.train.devices import build_accelerator
 from persona.train.run import finetune
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_process")
 
 # Where an update waits for the GPU: how often for each pack, update or trained weight, and why
 UPDATE = {
@@ -58,15 +58,6 @@ ELSEWHERE = {
     "train/loop.py mean_loss": "a loss for each pack of held-out text",
 }
 LAUNCHES_A_LAYER = 350  # of the pack in `wide_examples`: 338 with attention in two calls of FlashAttention
-
-
-@pytest.fixture(autouse=True)
-def _a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the modes belong to one thread
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +129,10 @@ def unknown_waits(seen):
     return faults
 
 
-def strangers(gpu):
-    """Places that wait and are in neither list."""
+def faults(gpu):
+    """Mixes of devices, and places that wait and are in neither list."""
     places = {where for where, _ in gpu.waits}
-    return sorted(where for where in places if not where.startswith((*UPDATE, *ELSEWHERE)))
+    return [*gpu.mixes, *sorted(where for where in places if not where.startswith((*UPDATE, *ELSEWHERE)))]
 
 
 # Each value of a column meets each value of every other column
@@ -183,9 +174,8 @@ def test_training_touches_one_device_and_waits_where_it_is_known(
     assert ("shared prefixes" in seen.messages) == (architecture != "gpt2")
     assert [packs for _, packs in seen.updates] == ([2, 2] if architecture != "gpt2" else [4, 4])
     assert sum(seen.gpu.launches.values()) > 1000
-    assert seen.gpu.mixes == []
     assert unknown_waits(seen) == []
-    assert strangers(seen.gpu) == []
+    assert faults(seen.gpu) == []
 
 
 def test_it_learns_the_same_as_on_the_cpu(tmp_path, models):
@@ -225,8 +215,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, models):
     seen = train(config("stopped"))
     assert "Continuing after update 1" in seen.messages
     assert len(seen.updates) == 1
-    assert seen.gpu.mixes == []
-    assert strangers(seen.gpu) == []
+    assert faults(seen.gpu) == []
     assert runs.adapter_bytes(tmp_path / "outputs/stopped") == runs.adapter_bytes(tmp_path / "outputs/whole")
 
 
@@ -250,8 +239,7 @@ def test_a_chat(monkeypatch, capsys, finished):
         base, adapter = locate(config, "outputs/tiny", False)
         chat(load_speaker(config, base, adapter, True), None)
     assert gpu.launches["gemm_4bit"]
-    assert gpu.mixes == []
-    assert strangers(gpu) == []
+    assert faults(gpu) == []
 
 
 def test_a_report(monkeypatch, finished):
@@ -261,8 +249,7 @@ def test_a_report(monkeypatch, finished):
         evaluate(Request("report", "outputs/tiny", batch_size=2, limit=2), lambda _: None)
     assert (folder / "outputs/tiny/report.html").is_file()
     assert sum(gpu.launches.values()) > 1000
-    assert gpu.mixes == []
-    assert strangers(gpu) == []
+    assert faults(gpu) == []
 
 
 def test_a_merge_into_both_bases(monkeypatch, finished):
@@ -273,8 +260,7 @@ def test_a_merge_into_both_bases(monkeypatch, finished):
         lines = list(merge_and_verify(config, base, adapter, folder / "merged", True, True))
     assert sum(line.startswith("Verified") for line in lines) == 2
     assert sum(gpu.launches.values()) > 1000
-    assert gpu.mixes == []
-    assert strangers(gpu) == []
+    assert faults(gpu) == []
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------

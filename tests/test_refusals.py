@@ -118,6 +118,10 @@ CASES = [
             (("predict", "replies.txt", "--output", "out"), 2, "--output does nothing for predict with a file of"),
             (("style", "replies.txt", "--limit", "2"), 2, "--limit does nothing for style"),
             (("style", "replies.txt", "--load-in-4bit"), 2, "--load-in-4bit does nothing"),
+            *(
+                ((verb, "replies.txt", "--batch-size", "8"), 2, f"--batch-size does nothing for {verb} with a file of")
+                for verb in ("predict", "style", "report")
+            ),
             (("report", "replies.txt", "--control", DATA / "val.jsonl"), 2, "--control does nothing"),
             (("style", "replies.txt", "--output", "out"), 2, "unrecognized arguments: --output"),
         ]
@@ -126,6 +130,20 @@ CASES = [
     (("finetune", "--set", f"data.validation_file={LONG}"), 3, "does not exist. Make it with"),
     (("finetune", "--set", f"data.lore_file={LONG}"), 3, "does not exist. Make it with"),
     (("finetune", "--config", LONG), 2, "no such file"),
+    *(
+        (
+            ("finetune", *words, "--resume", "never"),
+            2,
+            f"--resume never starts a run over, and {words[0]} trains nothing",
+        )
+        for words in (("--show", "2"), ("--dry-run",), ("--doctor",))
+    ),
+    *(
+        (("finetune", "--doctor", *words), 2, "--doctor looks at the machine alone")
+        for words in (("--show", "2"), ("--dry-run",), ("--set", "seed=1"))
+    ),
+    (("finetune", "--report", "out"), 2, "goes with --doctor"),
+    (("merge_lora_to_fp16", "--compare-bases", "--no-verify"), 2, "--compare-bases measures both merges"),
     (("merge_lora_to_fp16", "--examples", "-1"), 2, "expected a whole number from 0, found '-1'"),
 ]
 

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from persona.engine import flash
-from persona.engine.flash import BLOCKS, EFFICIENT, FLASH, Choice, choose, fused_attention
+from persona.engine.flash import BLOCKS, EFFICIENT, FLASH, Choice, Passed, choose, fused_attention
 from persona.engine.packing import Block, Tree
 
 NAME = "prefix_tree"
@@ -243,7 +243,7 @@ def _fault(form: str, device: torch.device, dtype: torch.dtype, heads: int, grou
         right += _backward(grad, query, keys, values, tree.blocks, softmax)
         try:
             out, lse = flash.forward(query, key, value, tree.calls, scale, form)
-            results = [out, *flash.backward(grad, query, key, value, out, lse, tree.calls, scale, form)]
+            results = [out, *flash.backward(Passed(grad, query, key, value, out, lse), tree.calls, scale, form)]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, TypeError) as error:  # not built in, not for this GPU, of another torch

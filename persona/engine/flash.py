@@ -7,7 +7,7 @@ attention (arXiv 2310.01889). The kernels are FlashAttention 2 (arXiv 2307.08691
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        return *backward(grads[0], *ctx.saved_tensors, *ctx.rest), None, None, None
+        return *backward(Passed(grads[0], *ctx.saved_tensors), *ctx.rest), None, None, None
 
 
 def forward(
@@ -98,26 +98,33 @@ def forward(
     return out, lse
 
 
-def backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    calls: Sequence[Call],
-    scale: float,
-    form: str,
-) -> Sequence[torch.Tensor]:
+@dataclass(frozen=True)
+class Passed:
+    """A forward pass and the gradient of its output, for the backward pass."""
+
+    grad: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    """Log-sum-exp (heads, queries) in float32."""
+
+    def of(self, call: Call) -> "Passed":
+        """The part of it that concerns `call`."""
+        rows = call.queries.rows
+        query, key, value = _of(call, self.query, self.key, self.value)
+        return Passed(_take(self.grad, rows), query, key, value, _take(self.out, rows), _take(self.lse, rows, 1))
+
+
+def backward(passed: Passed, calls: Sequence[Call], scale: float, form: str) -> Sequence[torch.Tensor]:
     """The gradients of query, key and value."""
     _, run = _KERNELS[form]
-    grad = grad.contiguous()
-    sums = run(grad, query, key, value, out, lse, calls[0], scale)
+    passed = replace(passed, grad=passed.grad.contiguous())
+    sums = run(passed, calls[0], scale)
     for call in calls[1:]:  # of these a token is at most once among the keys
-        rows = call.queries.rows
-        answers = (_take(grad, rows), *_of(call, query, key, value), _take(out, rows), _take(lse, rows, 1))
-        parts = run(*answers, call, scale)
-        for into, part, place in zip(sums, parts, (rows, call.keys.rows, call.keys.rows), strict=True):
+        places = (call.queries.rows, call.keys.rows, call.keys.rows)
+        for into, part, place in zip(sums, run(passed.of(call), call, scale), places, strict=True):
             if isinstance(place, slice):
                 into[place] += part
             else:
@@ -125,7 +132,9 @@ def backward(
     return sums
 
 
-def _of(call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _of(
+    call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _take(query, call.queries.rows), _take(key, call.keys.rows), _take(value, call.keys.rows)
 
 
@@ -148,20 +157,12 @@ def _flash(
     return out, lse
 
 
-def _flash_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    call: Call,
-    scale: float,
-) -> Sequence[torch.Tensor]:
-    state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the random numbers of a dropout of 0
+def _flash_backward(passed: Passed, call: Call, scale: float) -> Sequence[torch.Tensor]:
+    state = torch.zeros(2, dtype=torch.uint64, device=passed.out.device)  # of the random numbers of a dropout of 0
     return torch.ops.aten._flash_attention_backward(
-        grad, query, key, value, out, lse.contiguous(), *_lengths(call), 0.0, call.causal, state, state, scale=scale
-    )
+        passed.grad, passed.query, passed.key, passed.value, passed.out, passed.lse.contiguous(), *_lengths(call),
+        0.0, call.causal, state, state, scale=scale,
+    )  # fmt: skip
 
 
 def _lengths(call: Call) -> tuple[Any, ...]:
@@ -180,22 +181,13 @@ def _efficient(
     return out[0], lse.transpose(0, 1).flatten(1).index_select(1, call.queries.places)
 
 
-def _efficient_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    call: Call,
-    scale: float,
-) -> Sequence[torch.Tensor]:
-    heads, groups = query.shape[1], key.shape[1]
-    rows = [x[None] for x in (query, _repeated(key, heads), _repeated(value, heads))]
-    state = torch.zeros((), dtype=torch.long, device=query.device)
-    wide = _filled_up(lse, call.queries)
+def _efficient_backward(passed: Passed, call: Call, scale: float) -> Sequence[torch.Tensor]:
+    heads, groups = passed.query.shape[1], passed.key.shape[1]
+    rows = [x[None] for x in (passed.query, _repeated(passed.key, heads), _repeated(passed.value, heads))]
+    state = torch.zeros((), dtype=torch.long, device=passed.out.device)
+    wide = _filled_up(passed.lse, call.queries)
     grads = torch.ops.aten._efficient_attention_backward(
-        grad[None], *rows, None, out.contiguous()[None], *_lengths(call), wide, 0.0, state, state,
+        passed.grad[None], *rows, None, passed.out.contiguous()[None], *_lengths(call), wide, 0.0, state, state,
         int(call.causal), False, scale=scale,
     )  # fmt: skip
     of_groups = [x[0].unflatten(1, (groups, -1)).sum(2) for x in grads[1:3]]

@@ -20,6 +20,8 @@ from torch import nn
 # soft cap behind the output layer); any other architecture keeps its own
 KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ROWS = 512  # of a norm at a time on a CPU: float32 copies in one piece left holes of 0.2 GiB in a benchmark's 2.7
+# Rows; bitsandbytes 0.50 computes them by a kernel that reads 4 bits a weight on most GPUs and for most shapes
+# (_gemm_4bit_use_custom_cuda: up to 8 to 1,536), and dequantizes the weight for more, as the layers here do
 FEW = 64
 DROPOUT_UNIT = 2**16  # a share of dropout is rounded to a multiple of 1 / 65,536
 _UNPACKED = "weight_unpacked"  # attribute of a 4-bit layer

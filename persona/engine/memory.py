@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 
 from persona.console import excerpt
+from persona.engine.attention import form_of_model
+from persona.engine.flash import BLOCKS
 from persona.engine.loss import CAPPED, CHUNK, CHUNK_ON_GPU, LINEAR
 from persona.engine.packing import BLOCK_ON_GPU, count_tokens, inputs, plan_packs
 from persona.errors import OutOfMemory
@@ -106,13 +108,14 @@ def answer_all(ask: Callable[[list[int], int], None], left: Callable[[], list[in
 def heaviest_pack(model: Any, updates: Iterable[Sequence[Example]], max_tokens: int, share: bool) -> list[Example]:
     """The pack of `updates` that takes the most memory to learn from, on paper; empty if there is none."""
     packs = (pack for examples in updates for pack in plan_packs(examples, max_tokens, share))
-    return max(packs, key=lambda pack: _kept_numbers(model, pack, share), default=[])
+    in_blocks = share and form_of_model(model).form == BLOCKS
+    return max(packs, key=lambda pack: _kept_numbers(model, pack, share, in_blocks), default=[])
 
 
-def _kept_numbers(model: Any, group: Sequence[Example], share: bool) -> float:
+def _kept_numbers(model: Any, group: Sequence[Example], share: bool, in_blocks: bool) -> float:
     """Numbers of 16 bits that exist at a time for a pack, on paper: for its tokens, its logits and its largest block.
 
-    Only the ratios of the three matter, to choose among packs.
+    Only the ratios of the three matter, to choose among packs. Other forms of attention than blocks keep no scores.
     """
     words, hidden = model.get_output_embeddings().weight.shape
     config = model.config.get_text_config()
@@ -125,7 +128,8 @@ def _kept_numbers(model: Any, group: Sequence[Example], share: bool) -> float:
         logits = 3 * learned * hidden + 1.5 * min(learned * words, chunk)
     else:  # in 16 bits, and three copies in float32
         logits = 7 * learned * words
-    tokens, longest = count_tokens(group, share), max(len(inputs(example)) for example in group)
-    block = min(tokens, BLOCK_ON_GPU)
-    scores = block * (longest + block) * hidden / 64 * 6  # a head of 64 for three copies in float32
+    tokens, scores = count_tokens(group, share), 0.0
+    if in_blocks:
+        block, longest = min(tokens, BLOCK_ON_GPU), max(len(inputs(example)) for example in group)
+        scores = block * (longest + block) * hidden / 64 * 6  # a head of 64 for three copies in float32
     return tokens * kept + logits + scores

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from persona.evaluate.loaded import Loaded
 
 PAGE = "report.html"
+BATCH = 8  # replies at a time, unless --batch-size says another number
 REPEATS = 200  # samples, and bootstraps, of a comparison of styles
 Report = Callable[[str], None]
 
@@ -63,7 +64,7 @@ class Request:
     control: Sequence[Path] = ()
     base_texts: Path | None = None
     limit: int | None = None
-    batch_size: int = 1
+    batch_size: int | None = None
     output: Path | None = None
     config: Path | None = None
     overrides: Sequence[str] = ()
@@ -76,36 +77,40 @@ def evaluate(request: Request, report: Report) -> None:
         read_subject(path, request.config, list(request.overrides), request.data, request.output, request.base_texts)
         for path in ([request.paths] if isinstance(request.paths, str) else request.paths or [None])
     ]
-    _refuse_unused(request, subjects[0])
+    _refuse_unused(request, subjects)
     controls = read_controls(request.control)
     for note in dict.fromkeys(note for subject in subjects for note in subject.notes):
         report(f"  note: {note}")
 
     from persona.model.device import enough_memory
 
+    batch_size = request.batch_size or BATCH
     with enough_memory("Close other programs that use it, or take a smaller model; see also --load-in-4bit."):
         if request.verb == "score":
             run_score(subjects, controls, request.load_in_4bit, report)
         elif request.verb == "predict":
-            run_predict(subjects[0], request.load_in_4bit, request.batch_size, report)
+            run_predict(subjects[0], request.load_in_4bit, batch_size, report)
         elif request.verb == "style":
-            run_style(subjects[0], request.load_in_4bit, request.batch_size, request.limit, report)
+            run_style(subjects[0], request.load_in_4bit, batch_size, request.limit, report)
         else:
-            run_report(subjects[0], controls, request.load_in_4bit, request.batch_size, request.limit, report)
+            run_report(subjects[0], controls, request.load_in_4bit, batch_size, request.limit, report)
 
 
-def _refuse_unused(request: Request, subject: Subject) -> None:
-    """Raise `UsageError` for an option that would do nothing with this subject."""
-    texts = subject.texts is not None
+def _refuse_unused(request: Request, subjects: Sequence[Subject]) -> None:
+    """Raise `UsageError` for an option that would do nothing with these subjects."""
+    texts = subjects[0].texts is not None
     unused = {
         "--base-texts": not texts and request.base_texts,
         "--control": texts and request.control,
         "--limit": texts and request.limit,
-        "--load-in-4bit": texts and request.load_in_4bit,
+        "--batch-size": texts and request.batch_size,
+        "--load-in-4bit": request.load_in_4bit and all(subject.kind != "model" for subject in subjects),
         "--output": texts and request.verb == "predict" and request.output,
     }
+    kind = "a file of replies" if texts else "a model, which writes the base's replies itself"
+    if unused["--load-in-4bit"] and not texts:
+        kind = "an adapter, whose base is held as in training"
     for option in (option for option, value in unused.items() if value):
-        kind = "a file of replies" if texts else "a model, which writes the base's replies itself"
         raise UsageError(f"{option} does nothing for {request.verb} with {kind}. Leave it out.")
 
 

@@ -24,7 +24,7 @@ from persona.model.render import Message
 from persona.records import Record, rank
 from persona.speak.choices import Decoding, greedy
 from persona.speak.replies import Progress, Reply, ReplyFile, reply_to_all, rounding_of
-from persona.speak.rounding import Rounding
+from persona.speak.rounding import ONE_BY_ONE, WIDTH, Rounding
 from persona.speak.speaker import Speaker, load_speaker
 
 CACHE, ROUNDING = "replies.jsonl", "rounding.json"
@@ -66,10 +66,19 @@ class Loaded:
             return Sides(ask(True, "tuned"), ask(False, "base"))
 
     def rounding(self, prompts: Sequence[Sequence[Message]], new_tokens: int) -> Rounding:
-        """The measured rounding of the model on this device; measured with some of `prompts` if it is not kept."""
+        """The measured rounding of the model on this device; measured with some of `prompts` if it is not kept.
+
+        That takes several rows at a time; if the memory does not hold them, replies go one by one.
+        """
         if (kept := self.kept_rounding()) is not None:
             return kept
-        rounding = rounding_of(self.speaker, prompts, new_tokens)
+        measured = attempt(partial(rounding_of, self.speaker, prompts, new_tokens), self.speaker.model.device)
+        rounding = ONE_BY_ONE if isinstance(measured, Full) else measured
+        if isinstance(measured, Full):
+            self.at_once.report(
+                f"  The memory is full ({measured.reason}) with {WIDTH} rows: replies are written one at a time. "
+                f"To try several again, delete {(self.subject.output / ROUNDING).as_posix()}."
+            )
         self.subject.output.mkdir(parents=True, exist_ok=True)
         write_json(self.subject.output / ROUNDING, {"measured_on": self._measured_on()} | asdict(rounding))
         return rounding

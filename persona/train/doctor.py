@@ -32,6 +32,7 @@ OLDEST, NEWEST = (3, 11), (3, 13)  # Python, as requirements.txt says
 LITTLE, MODEL = 5e9, 30e9  # bytes of disk: a small run and its merged model; an 8B model and its merged copy
 NF4_ERROR = 0.15  # of normal numbers; NF4 in blocks of 64 measured 0.091 (arXiv 2305.14314 defines it)
 HUB_SECONDS = 8.0
+HEADS = (32, 8, 128)  # heads, groups that share keys and their size, of most models of the presets
 MIRROR = "https://hf-mirror.com"
 
 
@@ -211,29 +212,20 @@ def _relative(tensor: Any, expected: Any) -> float:
 
 
 def attention() -> Check:
-    """Which of torch's fused attention kernels run on this GPU."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """The form of attention over prefix trees that training takes here, as the engine itself chooses and tries it."""
+    from persona.engine.attention import form_of
+    from persona.engine.flash import BLOCKS
     from persona.model.device import DTYPES, choose_device, choose_precision
 
     device = choose_device("auto")
     if device.type == "cpu":
         return Check("attention", "ok", "in blocks, on the CPU")
-    dtype = DTYPES[choose_precision("auto", device)]
-    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION}
-    usable = []
-    for name, kernel in kernels.items():
-        states = torch.randn(1, 2, 32, 64, device=device, dtype=dtype)
-        try:
-            with sdpa_kernel(kernel):
-                torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True)
-            usable.append(name)
-        except RuntimeError:
-            continue
-    if usable:
-        return Check("attention", "ok", f"fused kernels that run here: {', '.join(usable)}")
-    return Check("attention", "note", "no fused kernel runs here; attention goes in blocks, which is slower")
+    choice = form_of(device, DTYPES[choose_precision("auto", device)], *HEADS)
+    if choice.form == BLOCKS:
+        return Check(
+            "attention", "note", f"no fused kernel: {choice.reason}; attention goes in blocks, which is slower"
+        )
+    return Check("attention", "ok", f"{choice.form}: {choice.reason}")
 
 
 def memory() -> Check:

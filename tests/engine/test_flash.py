@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from persona.engine import attention, flash, trial
 from persona.engine.attention import IN_FORM, NAME, NotCarried, Softmax, form_of, tree_attention
-from persona.engine.flash import BLOCKS, EFFICIENT, FLASH, choose, fused_attention
+from persona.engine.flash import BLOCKS, EFFICIENT, FLASH, Passed, choose, fused_attention
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import Tree, inputs, pack, plan_packs
 from persona.model.render import Example
@@ -140,7 +140,7 @@ def test_the_real_operations_take_these_arguments(form):
     assert len(packed.tree.calls) > 2
     with Shapes():
         out, lse = flash.forward(query, key, key, packed.tree.calls, 0.1, form)
-        grads = flash.backward(grad, query, key, key, out, lse, packed.tree.calls, 0.1, form)
+        grads = flash.backward(Passed(grad, query, key, key, out, lse), packed.tree.calls, 0.1, form)
     assert out.shape == query.shape
     assert lse.shape == (4, len(query))
     assert [x.shape for x in grads] == [query.shape, key.shape, key.shape]
@@ -240,17 +240,6 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3", family("chatml_default"))
 
 
-@pytest.fixture
-def alone(tmp_path, monkeypatch):
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the modes belong to one thread
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def trained(tmp_path, folder, gpu, precision="bf16"):
     """What a short run on `gpu` prints."""
     training = {"precision": precision, "num_train_epochs": 1, "train_batch_size": 8, "max_tokens_per_pack": 150}
@@ -265,7 +254,7 @@ def trained(tmp_path, folder, gpu, precision="bf16"):
     ("form", "options", "precision"),
     [(FLASH, {}, "bf16"), (EFFICIENT, {"has_flash": False}, "bf16"), (EFFICIENT, {"capability": (7, 5)}, "fp16")],
 )
-def test_a_run_on_a_gpu_computes_its_trees_by_fused_kernels(tmp_path, folder, alone, form, options, precision):
+def test_a_run_on_a_gpu_computes_its_trees_by_fused_kernels(tmp_path, folder, own_process, form, options, precision):
     gpu = PretendedGpu(**options)
     text = trained(tmp_path, folder, gpu, precision)
     assert "shared prefixes" in text

@@ -11,6 +11,7 @@ from making.tiny import model as tiny
 
 from persona.config import Lora
 from persona.engine.attention import NAME
+from persona.engine.flash import BLOCKS, FLASH, Choice
 from persona.engine.fused import fuse
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.memory import Full, answer_all, attempt, heaviest_pack
@@ -193,6 +194,16 @@ def test_the_heaviest_pack_on_paper_is_the_heaviest_in_memory(architecture, shar
     if words == 20_000:
         longest = max(groups, key=lambda one: count_tokens(one, share))
         assert peaks[groups.index(longest)] < 0.7 * max(peaks)
+
+
+@pytest.mark.parametrize("form", [BLOCKS, FLASH])
+def test_scores_are_counted_for_blocks_alone(form, monkeypatch):
+    """One example of 600 tokens keeps more scores than twenty of 120, and all else of it is less."""
+    monkeypatch.setattr("persona.engine.memory.form_of_model", lambda _: Choice(form, "planted"))
+    model = adapted("llama", 512, checkpointing=True)
+    short = [Example((*range(100), 200 + number), (1,) * 20) for number in range(20)]
+    long = [Example(tuple(range(600)), (5,))]
+    assert heaviest_pack(model, [short, long], 10**6, True) == (long if form == BLOCKS else short)
 
 
 @pytest.mark.parametrize("share", [True, False])

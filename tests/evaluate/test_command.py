@@ -137,6 +137,24 @@ def test_when_the_memory_is_full_replies_are_written_in_halves(home, tmp_path, m
         command.run_predict(subject_of(output=tmp_path / "none"), False, 4, report)
 
 
+def test_when_the_memory_is_full_while_rounding_is_measured_replies_are_written_one_by_one(home, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    command.run_predict(subject_of(output=tmp_path / "whole"), False, 4, lambda _: None)
+    monkeypatch.setattr(loaded_module, "rounding_of", full)
+    said, report = lines()
+    command.run_predict(subject_of(output=tmp_path / "one"), False, 4, report)
+    assert "with 8 rows: replies are written one at a time" in said[0]
+    assert (tmp_path / "one" / "rounding.json").as_posix() in said[0]
+    assert len(json.loads((tmp_path / "one" / "predictions.json").read_text(encoding="utf-8"))) == 6
+    for name in ("predictions.json", "predictions_base.json"):  # in float32 company changes none of them
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    said.clear()
+    command.run_predict(subject_of(output=tmp_path / "one"), False, 4, report)  # it is kept
+    assert "The memory is full" not in said[0]
+
+
 def test_finished_replies_are_not_generated_again(home, tmp_path, monkeypatch):
     command.run_predict(subject_of(output=tmp_path), False, 4, lambda _: None)
     before = (tmp_path / "predictions.json").read_bytes()
@@ -383,12 +401,19 @@ def test_from_predictions_to_a_scored_sheet(home, tmp_path, monkeypatch, capsys)
         (("score", "outputs/tiny", "--data", "none.jsonl"), 3, "none.jsonl"),
         (("report", "outputs/tiny", "--control", "none.jsonl"), 3, "none.jsonl"),
         (("report", "outputs/tiny", "--batch-size", "0"), 2, "whole number from 1, found '0'"),
+        (
+            ("report", "outputs/tiny", "--base-texts", "replies.txt"),
+            2,
+            "--base-texts does nothing for report",
+        ),
+        (("score", "outputs/tiny", "--load-in-4bit"), 2, "--load-in-4bit does nothing for score with an adapter"),
         (("ab-score", "one.json"), 2, "required: KEY"),
         (("ab-score", "one.json", "none_key.json"), 2, "none_key.json cannot be read"),
         (("ab-make", "a", "b", "c"), 2, "two files"),
     ],
 )
 def test_a_mistake_is_named_and_no_traceback_is_shown(home, monkeypatch, capsys, words, code, says):
+    (home / "replies.txt").write_text("Aye.\n" * 6, encoding="utf-8")
     assert script(monkeypatch, *words) == code
     error = capsys.readouterr().err
     assert says in error

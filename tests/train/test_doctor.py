@@ -16,6 +16,8 @@ import torch
 from making.pretended_gpu import PretendedGpu
 from matplotlib import font_manager
 
+from persona.engine import attention, flash
+from persona.engine.attention import form_of
 from persona.model import device
 from persona.train import curves, doctor
 
@@ -93,8 +95,42 @@ def test_a_gpu_is_named_with_its_memory_and_multiplies(monkeypatch):
     assert [line.state for line in lines] == ["ok", "ok", "ok"]
     assert "RTX 4060 (compute capability 8.9), driver 581.42, 8.0 of 8.0 GiB free, trains in bf16" in lines[0].text
     assert "on the cuda" in lines[1].text
-    assert "fused kernels" in lines[2].text
+    assert lines[2].text == "flash: FlashAttention is built in, and compute capability 8.9 has it"
     assert gpu.mixes == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "words"),
+    [
+        ({"has_flash": False}, "efficient: this torch is built without FlashAttention"),
+        ({"capability": (7, 5)}, "efficient: FlashAttention needs compute capability 8.0"),
+    ],
+)
+def test_attention_is_that_of_training_on_the_same_gpu(gpu, words):
+    with PretendedGpu(**gpu):
+        check = doctor.attention()
+        dtype = device.DTYPES[device.choose_precision("auto", torch.device("cuda"))]
+        choice = form_of(torch.device("cuda", 0), dtype, *doctor.HEADS)
+    assert check.state == "ok"
+    assert check.text.startswith(words)
+    assert choice.reason in check.text
+
+
+def test_a_fused_kernel_that_is_wrong_here_is_not_called_good(monkeypatch):
+    real = flash.forward
+
+    def wrong(*given):
+        out, lse = real(*given)
+        return out * 1.1, lse
+
+    monkeypatch.setattr(flash, "forward", wrong)
+    attention._fault.cache_clear()
+    try:
+        with PretendedGpu():
+            check = doctor.attention()
+    finally:
+        attention._fault.cache_clear()
+    assert (check.state, "flash attention was" in check.text) == ("note", True)
 
 
 def test_four_bits_that_multiply_wrongly_are_found(monkeypatch):

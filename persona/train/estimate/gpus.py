@@ -1,8 +1,13 @@
-"""NVIDIA GPUs by name: memory, bandwidth and speed of products, as the makers' data sheets say.
+"""NVIDIA GPUs by name: memory, bandwidth and speed of products.
 
-Sources: NVIDIA's whitepapers on Turing, Ampere (GA102), Ada (AD102) and Blackwell (RTX), and the data sheets of T4,
-A10, A100, L4, L40S and H100. Products of 16 bits are without sparsity and with sums in float32, which the GeForce ones
-do at half the rate of sums in 16 bits.
+NVIDIA's own papers were not at hand. In November 2026 figures were compared with pages that list them: hmc-tech.com,
+fpsbench.com, sysrqmts.com, cputronic.com and waredb.com for GeForce and L4, resellers' data sheets for L40S, and
+huggingface.js' hardware.ts, which is TechPowerUp's list, for float32. They agree within 1 %, where a page does not
+name another number of cores or another speed of memory than the rest. Not found, and so from memory: the bandwidth of
+GTX 1660 Super, RTX 3070 Ti, 4070 Super, 4070 Ti Super and 5070, products of RTX 2060 to 2080 Ti, and H100's float32.
+
+Products of 16 bits are without sparsity and with sums in float32. GeForce GPUs from RTX 30 on do these at twice the
+rate of float32, half of that with sums in 16 bits (seen for RTX 4060, 4070 Laptop and 4090, taken for the others).
 """
 
 import difflib
@@ -58,7 +63,7 @@ _SHEETS = {
     "RTX 4080": (16, 717, 97.5, 48.7, 8.9),
     "RTX 4090": (24, 1008, 165.2, 82.6, 8.9),
     "RTX 5060 Ti 16GB": (16, 448, 47.4, 23.7, 12.0),
-    "RTX 5070": (12, 672, 61.7, 30.9, 12.0),
+    "RTX 5070": (12, 672, 61.7, 30.8, 12.0),
     "RTX 5070 Ti": (16, 896, 87.9, 43.9, 12.0),
     "RTX 5080": (16, 960, 112.6, 56.3, 12.0),
     "RTX 5090": (32, 1792, 209.5, 104.8, 12.0),
