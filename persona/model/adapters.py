@@ -133,16 +133,16 @@ def locate(config: Config, target: str | None, base_only: bool) -> tuple[Path, P
 def copy_tokenizer(base: Path, target: Path, chat_template: str) -> None:
     """Copy the base's tokenizer files byte for byte to `target`, and write the trained chat template there.
 
-    A file that holds a template of the base is written with the trained one: some programs take that, llama.cpp's
+    A template of the base in tokenizer_config.json becomes the trained one: some programs take that, llama.cpp's
     converter first of all.
     """
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        values = json.loads((target / name).read_text(encoding="utf-8-sig")) if (target / name).is_file() else {}
-        if values.get("chat_template", chat_template) != chat_template:
-            write_json(target / name, values | {"chat_template": chat_template})
+    settings = target / "tokenizer_config.json"
+    values = json.loads(settings.read_text(encoding="utf-8-sig")) if settings.is_file() else {}
+    if values.get("chat_template", chat_template) != chat_template:
+        write_json(settings, values | {"chat_template": chat_template})
     template = target / "chat_template.jinja"
     template.write_text(chat_template, encoding="utf-8", newline="\n")
 

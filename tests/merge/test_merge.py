@@ -104,8 +104,8 @@ def test_every_template_in_the_folders_is_the_trained_one(tmp_path, monkeypatch)
     trained = own.apply_chat_template(talk, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     for folder in (adapter, tmp_path / "merged"):
         texts = {(folder / "chat_template.jinja").read_text(encoding="utf-8")}
-        for name in ("tokenizer_config.json", "chat_template.json"):
-            texts.add(json.loads((folder / name).read_text(encoding="utf-8"))["chat_template"])
+        assert not (folder / "chat_template.json").exists()
+        texts.add(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"])
         assert len(texts) == 1
         loaded = AutoTokenizer.from_pretrained(folder)
         for sent in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
