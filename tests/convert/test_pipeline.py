@@ -220,11 +220,23 @@ def test_the_next_command_leaves_nothing_of_the_sample_in_force(tmp_path, monkey
     assert "data.lore_weight=2.5" in trains("data/mine", lore_weight=2.5)
 
 
-def test_the_sample_has_its_lore_already(monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "command"),
+    [("default", "python finetune.py"), ("chinese", "python finetune.py --config config/chinese.json")],
+)
+def test_the_samples_have_their_lore_already(monkeypatch, settings, command):
     monkeypatch.chdir(EXAMPLES.parent.parent)
-    trained = json.loads(Path("config/default.json").read_text("utf-8"))["data"]["train_file"]
-    assert trains(Path(trained).parent) == "python finetune.py"
+    trained = json.loads(Path(f"config/{settings}.json").read_text("utf-8"))["data"]["train_file"]
+    assert trains(Path(trained).parent) == command
     assert "validation_file=null" in trains(Path(trained).parent, None)
+
+
+@pytest.mark.parametrize(("sample", "character"), [("tamsin", "Tamsin"), ("moyanqiu", "墨砚秋")])
+def test_converting_a_sample_again_gives_the_files_that_are_here(tmp_path, sample, character):
+    data = EXAMPLES.parent / sample
+    convert(data / "dialogue.txt", output=tmp_path, characters=(character,))
+    for name in ("train.jsonl", "val.jsonl"):
+        assert (tmp_path / name).read_bytes() == (data / name).read_bytes()
 
 
 def test_verdict_at_the_border(tmp_path):

@@ -19,9 +19,10 @@ from persona.export.gguf import check_output, convert_adapter, convert_model
 from persona.export.gguf_check import fields_of, open_gguf
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_model, run_converter
 from persona.files import read_json
+from persona.model.embedded import SMOLLM2
 from persona.model.loading import load_tokenizer
 from persona.model.render import chat_format
-from persona.model.sources import EMBEDDED, cache_folder
+from persona.model.sources import cache_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -394,7 +395,7 @@ def source():
 @pytest.fixture(scope="module")
 def embedded():
     """The embedded model, whose tokenizer every llama.cpp knows."""
-    folder = cache_folder() / "models" / EMBEDDED
+    folder = cache_folder() / "models" / SMOLLM2.name
     if not folder.is_dir():
         pytest.skip("the embedded model is not in the cache; test_embedded.py fetches it")
     return folder

@@ -15,6 +15,7 @@ from persona.config import Quantization
 from persona.errors import DataError, EnvironmentFault, UsageError, VerificationFailed
 from persona.merge import merge as merging
 from persona.model.adapters import TOKENIZER_FILES, kind_of, read_persona
+from persona.model.folders import NOTICE
 from persona.model.loading import load_adapter, load_base
 from persona.train.run import finetune
 
@@ -24,6 +25,7 @@ def trained(tmp_path_factory):
     """A base of several shards in float32 and the adapter of a run on it."""
     folder = tmp_path_factory.mktemp("merge")
     base = save_model(folder / "base", "llama", family("llama3"))
+    (base / NOTICE).write_text("Subject to terms.\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         made = config(folder, base, lora={"lora_dropout": 0}, training={"num_train_epochs": 6})
@@ -125,6 +127,13 @@ def test_a_folder_whose_prompt_is_not_the_trained_one_is_not_published(trained, 
     with pytest.raises(VerificationFailed, match="asked otherwise than it was trained"):
         merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
     assert not (tmp_path / "merged").exists()
+def test_a_notice_goes_with_the_adapter_and_the_merged_model(trained, tmp_path):
+    base, adapter = trained
+    merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
+    for folder in (adapter, tmp_path / "merged"):
+        assert (folder / NOTICE).read_bytes() == b"Subject to terms.\n"
+        assert "licence applies" in (folder / "README.md").read_text(encoding="utf-8")
+        assert "\n\nSubject to terms.\n\n" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_another_base_is_refused(trained, tmp_path):

