@@ -75,7 +75,7 @@ class Model(Section):
     """The language model to tune, and the device it runs on."""
 
     name_or_path: str = Field(min_length=1)
-    """Base model: the embedded `smollm2-135m-instruct`, a Hugging Face folder, a GGUF file, or a hub id."""
+    """Base model: embedded `smollm2-135m-instruct` or `gemma3-270m`, a Hugging Face folder, GGUF file, or hub id."""
     chat_template: str | None = Field(default=None, min_length=1)
     """Jinja file to use instead of the model's own chat template; null keeps the model's own."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -222,3 +222,37 @@ def test_a_batch_gives_the_same_replies_as_one_prompt_after_the_other(outputs, f
         torch.set_num_threads(threads)
     assert together == alone
     assert len({reply.text for reply in alone}) > 4
+
+
+@pytest.fixture(scope="module")
+def gemma():
+    """The second embedded model, if somebody has fetched it: it is fetched only when it is named."""
+    from persona.model.embedded import GEMMA3
+    from persona.model.folders import missing_parts
+    from persona.model.sources import cache_folder, resolve_model
+
+    if missing_parts(cache_folder() / "models" / GEMMA3.name):
+        pytest.skip(f"{GEMMA3.name} is not in the cache; `python finetune.py --config config/chinese.json` fetches it")
+    return resolve_model(GEMMA3.name)
+
+
+def test_the_sentencepiece_model_of_gemma_cuts_texts_as_its_tokenizer_does(gemma):
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+
+    pieces = SentencePieceProcessor(str(gemma / "tokenizer.model"))
+    tokenizer = Tokenizer.from_file(str(gemma / "tokenizer.json"))
+    files = ("data/moyanqiu/dialogue.txt", "data/tamsin/dialogue.txt", "tests/test_embedded.py", "README.zh-CN.md")
+    lines = [line for name in files for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    assert len(lines) > 2500
+    assert [line for line in lines if pieces.encode(line) != tokenizer.encode(line, add_special_tokens=False).ids] == []
+
+
+def test_two_updates_on_the_chinese_sample_bring_the_perplexity_down(gemma, folder):
+    command = "python finetune.py --config config/chinese.json --set training.num_train_epochs=0.07"
+    words = [*command.split(), "--set", "evaluation.sample_prompts=0", "--set", "generation.max_new_tokens=16"]
+    base, tuned = map(float, re.search(r"perplexity +([\d.]+) base, ([\d.]+) tuned", shell(folder, words)).groups())
+    assert 90 < base < 115  # 320 without the token that begins a text
+    assert tuned < 0.9 * base
+    card = (folder / "outputs" / "moyanqiu" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms" in card

@@ -33,9 +33,9 @@ class Embedded:
     megabytes: int
     wheels: tuple[Wheel, ...]
     sha256: str
-    """Of the whole GGUF file."""
+    """SHA-256 of the whole GGUF file."""
     notice: str | None
-    """What its licence wants to be said where the model goes."""
+    """The words that its licence wants to be passed on with the model."""
 
 
 def _gemma_part(number: int, sha256: str) -> Wheel:

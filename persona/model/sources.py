@@ -137,7 +137,7 @@ def _gguf_model(path: Path) -> Path:
 def unpack_gguf(path: Path, folder: Path, notice: str | None = None) -> None:
     """Write the model in a GGUF file as a float16 Hugging Face folder, which appears complete or not at all.
 
-    `notice` is what its licence wants to be said where the model goes.
+    `notice` has the words that its licence wants to be passed on with the model.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
