@@ -24,7 +24,15 @@ LEVEL = {name: level for level, name in enumerate(ROOMS)}
 HEAVY = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "matplotlib", "tensorboard", "huggingface_hub"}
 LIGHT = (
     *("errors", "config", "console", "files", "records", "pages", "convert"),
-    *("model.adapters", "model.dataset", "model.folders", "model.render", "model.sources", "model.template"),
+    *(
+        "model.adapters",
+        "model.dataset",
+        "model.embedded",
+        "model.folders",
+        "model.render",
+        "model.sources",
+        "model.template",
+    ),
     "model.token_cache",
     *("train.history", "train.curves", "train.verdict", "train.estimate.gpus"),
     *("speak.rounding", "evaluate.style", "evaluate.intervals", "evaluate.results", "evaluate.subject"),

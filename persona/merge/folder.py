@@ -19,12 +19,13 @@ from persona.errors import EnvironmentFault, UsageError
 from persona.files import ADAPTER_WEIGHTS, JsonObject, check_folder, file_sha256, read_json, write_json, write_text
 from persona.merge.weights import Output
 from persona.model.adapters import PERSONA, TOKENIZER_FILES, copy_tokenizer, merged_name, model_card, read_persona
+from persona.model.folders import NOTICE
 from persona.model.loading import CHAT_TEMPLATE_OF_TOWERS, trained_format
 
 _OWN_FILES = {"config.json", "generation_config.json", "chat_template.jinja", "README.md", "run.json", PERSONA}
 # The settings by which a model that reads pictures or sound prepares them
 _TOWER_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_OWN_FILES |= {*TOKENIZER_FILES, *_TOWER_FILES, CHAT_TEMPLATE_OF_TOWERS}
+_OWN_FILES |= {*TOKENIZER_FILES, NOTICE, *_TOWER_FILES, CHAT_TEMPLATE_OF_TOWERS}
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _REST_BYTES = 64 * 2**20  # tokenizer and settings: the largest tokenizer.json known has 34 MB
 # The sampling that a base's own generation_config.json may hold; ours replaces all of it
