@@ -212,7 +212,7 @@ def _notes(data: Records, fmt: ChatFormat, train: Dataset, held_out: Dataset) ->
         )
     if data.system is not None and all(record.system not in (None, data.system) for record in train.records):
         notes.append("every conversation has a system prompt of its own; data.system_prompt is learned by none of them")
-    if fmt.tokenizer.chat_template == BUILTIN_TEMPLATE:
+    if fmt.tokenizer.chat_template.endswith(BUILTIN_TEMPLATE):
         notes.append(
             "this model has no chat template, so it learns the built-in one (### User: ..., ### Assistant: ...), which "
             "the adapter, a merged model and a GGUF file carry with them (docs/models.md)"
