@@ -127,6 +127,8 @@ def test_a_folder_whose_prompt_is_not_the_trained_one_is_not_published(trained, 
     with pytest.raises(VerificationFailed, match="asked otherwise than it was trained"):
         merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
     assert not (tmp_path / "merged").exists()
+
+
 def test_a_notice_goes_with_the_adapter_and_the_merged_model(trained, tmp_path):
     base, adapter = trained
     merge(base, adapter, tmp_path / "merged", torch.float16, 10**9)
