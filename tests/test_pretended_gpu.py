@@ -49,6 +49,7 @@ ELSEWHERE = {
     "engine/trial.py": "once a run, before the first update",
     "evaluate/perplexity.py": "losses of a pack are read, and whether a layout agrees",
     "merge/": "once a merge",
+    "model/architecture.py looks_ahead": "once a run, to see that no token depends on those behind it",
     "model/loading.py": "weights are copied to the GPU once",
     "speak/batches.py": "rounding is measured once a model",
     "speak/choices.py": "the choice of a token is made in Python",
