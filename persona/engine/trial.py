@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from persona.console import excerpt
 from persona.engine.attention import IN_FORM, NAME, NAMES, NotCarried
 from persona.engine.flash import BLOCKS
 from persona.engine.fused import KNOWN, fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import inputs, pack, plan_packs
-from persona.errors import UsageError
-from persona.model.device import is_out_of_memory
+from persona.model.architecture import computable
 from persona.model.render import Example
 
 # Architectures whose layers hand on the tree and take positions as they are given, each held to the loss and gradients
@@ -141,7 +139,8 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
     dtype = next(weight.dtype for weight in model.get_base_model().parameters() if weight.is_floating_point())
     with _trial(model), short_windows(model, examples):
         keep_rows(model)
-        alone = _alone(model, examples, accelerator)
+        with computable(model):
+            alone = _measured(model, (plain_loss(model, example, device) for example in examples), accelerator)
         if attention in NAMES:
             model.get_base_model().set_attn_implementation(attention)
         fuse(model)
@@ -158,20 +157,6 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
         if not (apart := difference_of(together[1][kind], right)) <= by_gradient:
             return f"the gradient of {kind} from three short examples was {apart:.0%} off in one pack"
     return None
-
-
-def _alone(model: Any, examples: Sequence[Example], accelerator: Any) -> tuple[float, dict[str, list[torch.Tensor]]]:
-    """Loss and gradients of each of `examples` alone; raises `UsageError` for a model that computes none at all."""
-    losses = (plain_loss(model, example, accelerator.device) for example in examples)
-    try:
-        return _measured(model, losses, accelerator)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
-        if is_out_of_memory(error) or "same device" in str(error):  # the latter is a bug of ours
-            raise
-        raise UsageError(
-            f"transformers cannot compute this {model.config.model_type} model: {excerpt(str(error), 200)}. Its "
-            "config.json may not fit its weights, or it needs a package or device that is missing. Take another model."
-        ) from error
 
 
 @contextmanager

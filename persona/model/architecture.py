@@ -4,6 +4,8 @@ Models that read pictures or sound are wrappers: a decoder of text, and towers w
 trained on text alone, so nothing outside the decoder is ever changed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from persona.console import excerpt
 from persona.errors import UsageError
+from persona.model.device import is_out_of_memory
+
+_PAST_THE_LAYER = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})  # as PEFT 0.21 lists them
 
 
 def read_architecture(folder: Path) -> Any:
@@ -81,8 +87,10 @@ def text_layers(model: Any) -> dict[str, Any]:
         for name, layer in model.named_modules()
         if layer in inside and layer is not head and type(layer).__name__ in kinds and not _of_router(name)
     }
-    moved = {last for last in map(_last, layers) if _moved_by_peft(last, model)}
-    return {name: layer for name, layer in layers.items() if _last(name) not in moved}
+    # Mamba's kernels take the weight of its last projection past the layer, and PEFT refuses it
+    barred = {"out_proj"} if model.config.get_text_config().model_type in _PAST_THE_LAYER else set[str]()
+    barred |= {last for last in map(_last, layers) if _moved_by_peft(last, model)}
+    return {name: layer for name, layer in layers.items() if _last(name) not in barred}
 
 
 def _last(name: str) -> str:
@@ -138,10 +146,25 @@ def stacked_experts(model: Any) -> int:
     return sum(weight.numel() for weight in weights if weight is not None and weight.ndim == 3)
 
 
+@contextmanager
+def computable(model: Any) -> Iterator[None]:
+    """Turn a failure of the first passes of `model` into `UsageError`: transformers cannot compute it at all."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
+        if is_out_of_memory(error) or "same device" in str(error):  # the latter is a bug of ours
+            raise
+        raise UsageError(
+            f"transformers cannot compute this {model.config.model_type} model: {excerpt(str(error), 200)}. Its "
+            "config.json may not fit its weights, or it needs a package or device that is missing. Take another model."
+        ) from error
+
+
 def looks_ahead(model: Any) -> bool:
     """Whether a token of `model` depends on tokens behind it: then it would learn to copy them, not to speak.
 
     The gradient of the first token's logits with respect to the inputs behind it is exactly zero if it does not.
+    Raises `UsageError` for a model that cannot be computed.
     """
     inputs = []
 
@@ -153,8 +176,9 @@ def looks_ahead(model: Any) -> bool:
     hook, mode = embedding.register_forward_hook(keep), model.training
     try:
         ids = torch.arange(1, 5, device=embedding.weight.device)[None]
-        first = model.eval()(input_ids=ids, use_cache=False).logits[0, 0]
-        (gradient,) = torch.autograd.grad(first.float().logsumexp(-1), inputs[:1])
+        with computable(model):
+            first = model.eval()(input_ids=ids, use_cache=False).logits[0, 0]
+            (gradient,) = torch.autograd.grad(first.float().logsumexp(-1), inputs[:1])
     finally:
         hook.remove()
         model.train(mode)

@@ -8,10 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.transformers_weight_conversion import (
-    _MODEL_TO_CONVERSION_PATTERN,  # pyright: ignore[reportPrivateImportUsage]
-    _MOE_TARGET_MODULE_MAPPING,
-)
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
@@ -192,34 +188,18 @@ def keep_gradients_in_4bit(model: nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - bitsandbytes' layers are not typed
 
 
-def _barred(model: Any) -> set[str]:
-    """Last parts of the names of layers to which PEFT 0.21 adds no adapter, or adds it elsewhere.
-
-    Mamba's kernels take the weight of its last projection past the layer. The names of a shared or dense expert count
-    as those of the experts beside it, which are stacked since transformers 5.
-    """
-    kind = model.config.model_type
-    if kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"):
-        return {"out_proj"}
-    return set(_MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, ""), ()))
-
-
 def _targets(model: Any, lora: Lora) -> list[str]:
     """The full names of the layers that get an adapter; raises `UsageError` for a target that cannot have one."""
-    barred = _barred(model)
-    wanted, known = lora.target_modules, [name for name in linear_names(model) if name not in barred]
+    wanted, known = lora.target_modules, linear_names(model)
     wrong = [name for name in wanted if name not in known] if wanted != "all-linear" else []
     if wrong:
         close = difflib.get_close_matches(wrong[0], known, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UsageError(
             f"lora.target_modules: this model has no linear layer {', '.join(map(repr, wrong))} that can have an "
-            f"adapter.{hint} "
-            f"It has {', '.join(known)}."
+            f"adapter.{hint} It has {', '.join(known)}."
         )
-    return [
-        name for name in text_layers(model) if name.rpartition(".")[2] in (known if wanted == "all-linear" else wanted)
-    ]
+    return [name for name in text_layers(model) if wanted == "all-linear" or name.rpartition(".")[2] in wanted]
 
 
 def add_adapter(model: Any, lora: Lora, seed: int, base_name: str) -> PeftModel:

@@ -268,3 +268,9 @@ def bytes_of(tensor):
     state = getattr(tensor, "quant_state", None)
     scales = [] if state is None else [state.absmax, state.state2.absmax]
     return sum(one.numel() * one.element_size() for one in (tensor, *scales))
+
+
+def test_a_model_that_cannot_be_computed_is_refused_before_anything_is_trained(tmp_path):
+    folder = save_model(tmp_path / "base", "deepseek_v3", head_dim=16)  # its positions need 8
+    with pytest.raises(UsageError, match=r"cannot compute this deepseek_v3 model: The size of tensor"):
+        finetune(config(tmp_path, folder, quantization={"load_in_4bit": False}), True, print)
