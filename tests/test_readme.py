@@ -75,6 +75,14 @@ def test_every_file_that_a_command_names_exists():
     assert count >= 10
 
 
+def test_every_module_that_a_page_names_exists():
+    paths = [path.as_posix() for folder in (".", "persona", "tests", "benchmarks")
+             for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")]  # fmt: skip
+    for page in PAGES:
+        for name in re.findall(r"`([\w./-]+\.py)`", (ROOT / page).read_text(encoding="utf-8")):
+            assert any(path.endswith(f"/{name}") for path in paths), f"{page}: {name}"
+
+
 def test_every_setting_that_a_page_names_exists():
     from persona.config import Config, all_settings
 

@@ -33,20 +33,19 @@ def is_there() -> bool:
 def served(gguf: Path, requests: Sequence[JsonObject]) -> list[list[int] | str]:
     """The ids of the prompt that llama.cpp makes of each request to its chat, or the words with which it refuses it.
 
-    Raises `EnvironmentFault` with its last words if it cannot load the file.
+    Raises `EnvironmentFault` with its last words if it cannot load the file, or does not answer in time.
     """
     package = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    result = subprocess.run(
-        [sys.executable, "-m", "persona.export.runtime", str(gguf)],
-        input=json.dumps(list(requests)),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        env=os.environ | {"PYTHONPATH": paths, "PYTHONUTF8": "1"},
-        timeout=_SECONDS,
-    )
+    command = [sys.executable, "-m", "persona.export.runtime", str(gguf)]
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONUTF8": "1"}
+    try:
+        result = subprocess.run(
+            command, input=json.dumps(list(requests)), capture_output=True, text=True, encoding="utf-8",
+            errors="replace", env=environment, timeout=_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise EnvironmentFault(f"llama.cpp did not answer within {_SECONDS / 60:.0f} minutes") from None
     for line in result.stdout.splitlines():
         if line.startswith(_MARK):
             return json.loads(line.removeprefix(_MARK))

@@ -103,6 +103,13 @@ def test_a_file_that_llama_cpp_cannot_load_is_a_note(tmp_path):
     assert "was not asked which prompt it makes of this file: llama.cpp could not load it" in note
 
 
+def test_a_runtime_that_does_not_answer_is_a_note(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "is_there", lambda: True)
+    monkeypatch.setattr(runtime, "_SECONDS", 0.01)
+    (note,) = check_served(tmp_path / "m.gguf", chat_format(spoken("qwen3")))
+    assert note.endswith("which prompt it makes of this file: llama.cpp did not answer within 0 minutes")
+
+
 def test_without_the_wheel_the_way_to_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "is_there", lambda: False)
     (note,) = check_served(tmp_path / "m.gguf", chat_format(spoken("qwen3")))
