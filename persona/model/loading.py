@@ -29,7 +29,7 @@ from persona.model.architecture import (
     stacked_experts,
     text_layers,
 )
-from persona.model.device import DTYPES
+from persona.model.device import DTYPES, freed_at_once
 from persona.model.render import BUILTIN_TEMPLATE, ChatFormat, chat_format
 from persona.model.template import freeze_date
 
@@ -121,14 +121,15 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
         bnb_4bit_compute_dtype=dtype,
     )
     try:
-        model, info = model_class(read_architecture(folder)).from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": str(device)},
-            trust_remote_code=False,
-            output_loading_info=True,
-            quantization_config=in_4bit if quantization.load_in_4bit else None,
-        )
+        with freed_at_once(device):
+            model, info = model_class(read_architecture(folder)).from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": str(device)},
+                trust_remote_code=False,
+                output_loading_info=True,
+                quantization_config=in_4bit if quantization.load_in_4bit else None,
+            )
     except ImportError as error:
         raise EnvironmentFault(
             f"The base model cannot be held in 4 bits here: {error}. Install the pinned requirements, or set "
@@ -146,7 +147,16 @@ def load_base(folder: Path, quantization: Quantization, precision: str, device: 
     model.requires_grad_(False)
     model.config.use_cache = False
     keep_gradients_in_4bit(model)
+    if quantization.load_in_4bit and device.type == "cpu":
+        _leave_files(model)
     return model
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copy the weights that are not in 4 bits: as views of the mapped files they would keep all of these in memory."""
+    for weight in model.parameters():
+        if getattr(weight, "quant_state", None) is None:
+            weight.data = weight.data.clone()
 
 
 def refuse_experts(model: Any, dtype: torch.dtype) -> None:

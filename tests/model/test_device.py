@@ -31,6 +31,7 @@ from persona.model.device import (
 from persona.train.run import finetune
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(
@@ -235,3 +236,25 @@ def test_the_plan_says_that_the_gpu_is_not_used(tmp_path, tiny_model, monkeypatc
     finetune(config(tmp_path, tiny_model, training={"num_train_epochs": 0.1}), True, messages.append)
     assert "note: the GPU is not used: torch" in "\n".join(messages)
     assert "RTX 4060 with driver 576.02" in "\n".join(messages)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed blocks so")
+def test_large_blocks_leave_the_process_while_a_model_is_loaded():
+    """Each block of 4 MiB lies before a small one that stays, so that the heap cannot shrink from its end."""
+    script = """
+from contextlib import nullcontext
+import psutil, torch
+from persona.model.device import freed_at_once
+torch.ones(2**22)  # 16 MiB: glibc keeps freed blocks up to this size from now on
+for inside in (freed_at_once(torch.device("cpu")), nullcontext()):
+    with inside:
+        blocks = [(torch.ones(2**20), torch.ones(64)) for _ in range(50)]
+        size = psutil.Process().memory_info().rss
+        small = [one for _, one in blocks]
+        del blocks
+        print((size - psutil.Process().memory_info().rss) // 2**20)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    inside, outside = map(int, result.stdout.split())
+    assert inside > 190, result.stderr
+    assert outside < 50

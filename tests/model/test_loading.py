@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from datetime import date
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,3 +276,12 @@ def test_a_model_that_cannot_be_computed_is_refused_before_anything_is_trained(t
     folder = save_model(tmp_path / "base", "deepseek_v3", head_dim=16)  # its positions need 8
     with pytest.raises(UsageError, match=r"cannot compute this deepseek_v3 model: The size of tensor"):
         finetune(config(tmp_path, folder, quantization={"load_in_4bit": False}), True, print)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_base_in_4_bits_leaves_its_files(tmp_path):
+    """A view of a mapped file keeps the whole file in the memory of the process."""
+    folder = save_model(tmp_path / "base", dtype="bfloat16")
+    base = load_base(folder, Quantization(), "bf16", CPU)
+    assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert base.get_input_embeddings().weight.dtype == torch.bfloat16

@@ -180,8 +180,8 @@ def _verdict(run: Forecast) -> str:
     need, room = run.need / GIB, run.room.bytes / GIB
     kept = f" (of {(run.room.bytes + WINDOWS_KEEPS) / GIB:.1f}; Windows keeps about {WINDOWS_KEEPS / GIB:.1f})"
     text = f"{run.verdict}: {need:.1f} GiB of {room:.1f} GiB{kept if run.room.named else ''}, on paper."
-    if run.trial_is_more:
-        text += " The peak is that of the trial before the first update."
+    if (stage := max(run.peaks, key=run.peaks.__getitem__)) != "training":
+        text += f" The peak is that of {stage}."
     return text
 
 

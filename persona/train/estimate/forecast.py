@@ -148,20 +148,29 @@ class Forecast:
         return self.paper.trial(self.work.heaviest)
 
     @property
+    def loading(self) -> float:
+        """Bytes on the device when the model is loaded: on a CPU its 4-bit weights beside all files of 16 bits."""
+        if self.room.kind != "cpu" or not self.setup.quantization.load_in_4bit:
+            return 0.0
+        weights = self.step.parts["weights in 4 bits"] + self.step.parts["other weights"]
+        return self.resident + 2.0 * self.paper.weights + weights
+
+    @property
     def lost(self) -> float:
         """Bytes that are needed beside the tensors of a step."""
         needed = with_losses(self.step.parts, self.room.kind, self.resident, self.setup.precision)
         return needed - self.step.peak
 
     @property
-    def trial_is_more(self) -> bool:
-        """Whether the trial needs more than any step."""
-        return self.trial > self.step.peak
+    def peaks(self) -> dict[str, float]:
+        """Bytes on the device at the peak of each stage of the run."""
+        step, trial = self.step.peak + self.lost, self.trial + self.lost
+        return {"training": step, "the trial before the first update": trial, "loading the model": self.loading}
 
     @property
     def need(self) -> float:
         """Bytes on the device at the peak of the run."""
-        return max(self.step.peak, self.trial) + self.lost
+        return max(self.peaks.values())
 
     @cached_property
     def largest(self) -> int:

@@ -209,3 +209,19 @@ def test_a_config_that_cannot_be_read_is_called_so_and_not_a_matter_of_packs(tmp
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
         forecast()
     assert "max_tokens_per_pack" not in str(caught.value)
+
+
+def test_a_cpu_needs_the_files_of_a_base_in_4_bits_beside_its_weights(tmp_path, tiny_model):
+    wanted = config(tmp_path, tiny_model, quantization={"load_in_4bit": True})
+    material = prepare(wanted, date(2026, 1, 1))
+    here = forecasts.Forecast(
+        wanted, material.train.conversations, read_architecture(tiny_model), Room("this CPU", "cpu", 1e12, None),
+        "fp32", "adamw_torch", 1e9,
+    )  # fmt: skip
+    lasting = here.step.parts["weights in 4 bits"] + here.step.parts["other weights"]
+    assert here.loading == here.resident + 2 * here.paper.weights + lasting
+    here.paper.weights = int(6e11)  # so large that loading takes the most
+    assert here.need == here.loading > 1e12
+    assert module._verdict(here).startswith("does not fit: 1118.")
+    assert module._verdict(here).endswith("The peak is that of loading the model.")
+    assert forecast_in(wanted, tiny_model, 1e12).loading == 0
