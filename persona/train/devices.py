@@ -279,6 +279,7 @@ def _join(count: int, sharded: bool) -> Devices:
 
     prepare_libraries(offline=False)  # before torch is imported
     import torch
+    import torch.distributed.nn  # before there is a group: its functions keep the group of their import as a default
 
     # objects and single numbers travel over gloo, and so do gradients on the CPU; those on GPUs over NCCL
     nccl = torch.cuda.is_available() and torch.distributed.is_nccl_available()

@@ -339,6 +339,29 @@ def test_a_fault_in_one_process_ends_all_of_them(tmp_path, how):
     assert how == "bug" or faults[1] == ""
 
 
+# As libraries do that are imported once the processes have met
+LATE = """
+import weakref
+
+from persona.train.devices import joined
+
+with joined() as devices:
+    import torch.distributed.nn
+
+    assert devices.total(devices.rank) == 1
+    group = weakref.ref(torch.distributed.distributed_c10d._get_default_group())
+print("ended" if group() is None else "there still")
+"""
+
+
+def test_the_threads_of_the_exchange_end_before_python_does(tmp_path):
+    """One that drops a tensor while Python ends aborts the process: "terminate called without an active exception"."""
+    (tmp_path / "late.py").write_text(LATE, encoding="utf-8")
+    codes, said, faults = Pair("late.py").ended()
+    assert codes == [0, 0], faults
+    assert said == ["ended\n"] * 2
+
+
 @pytest.mark.parametrize("variable", ["FSDP_OFFLOAD_PARAMS", "ACCELERATE_USE_DEEPSPEED"])
 def test_what_is_not_offered_is_refused_with_what_is(monkeypatch, variable):
     monkeypatch.setenv(variable, "true")
