@@ -37,8 +37,15 @@ class NotCarried(RuntimeError):
 def take_over(model: Any) -> Any:
     """`model`, which attends by `NAME` from now on if it is on a GPU and had torch's attention; see `_in_rows`."""
     if model.device.type == "cuda" and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
+        attend_by(model, NAME)
     return model
+
+
+def attend_by(model: Any, name: str) -> None:
+    """Let the text of `model` be attended to by `name`; its towers keep theirs, which may be the only one they have."""
+    text, config = model.config.get_text_config(), model.config
+    own = [part for part in config.sub_configs if getattr(config, part) is text]
+    model.set_attn_implementation(dict.fromkeys(["", *own], name))
 
 
 @dataclass(frozen=True)

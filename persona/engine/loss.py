@@ -16,7 +16,7 @@ LINEAR = KNOWN | {
     "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "minicpm3", "ministral",
     "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
-CAPPED = frozenset({"gemma2", "gemma3_text", "gemma4_text"})
+CAPPED = frozenset({"gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"})
 # Logits that exist at a time, in 16 bits 32 MiB and 128 MiB. A GPU reads the whole output layer for each chunk.
 CHUNK, CHUNK_ON_GPU = 2**24, 2**26
 # Logits turned into float32 probabilities at a time. On a CPU they stay in a core's cache; a GPU works through more of

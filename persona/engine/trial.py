@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from persona.engine.attention import IN_FORM, NAME, NAMES, NotCarried
+from persona.engine.attention import IN_FORM, NAME, NAMES, NotCarried, attend_by
 from persona.engine.flash import BLOCKS
 from persona.engine.fused import KNOWN, fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
@@ -21,9 +21,9 @@ from persona.model.render import Example
 # of the rows by tests/engine/test_packing.py. A new one is a name here, and its sizes in tests/making/tiny.py.
 SHARING = KNOWN | {
     "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2",
-    "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "helium",
-    "hunyuan_v1_dense", "minicpm3", "ministral", "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe",
-    "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe",
+    "helium", "hunyuan_v1_dense", "minicpm3", "ministral", "ministral3", "mixtral", "olmo2", "olmo3", "phi3",
+    "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 UNTOLD = frozenset({"qwen2_moe"})  # their window is in the mask alone, and their attention does not learn of it
 LEARNED = frozenset({"gpt2", "opt", "gpt_neo", "gpt_bigcode", "xglm"})
@@ -89,7 +89,7 @@ def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accele
     fault = None
     for name in _attentions(model, reason is None, accelerator):
         if name != model.config._attn_implementation:
-            model.get_base_model().set_attn_implementation(name)
+            attend_by(model.get_base_model(), name)
         fault = difference(model, trial_examples(examples), accelerator, share=reason is None)
         if fault is None:
             break
@@ -116,7 +116,7 @@ def keep_rows(model: Any) -> None:
     """Give `model` its own attention and layers back, which take one example a row."""
     if model.config._attn_implementation in NAMES:
         base = model.get_base_model()
-        base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+        attend_by(base, "sdpa" if base._supports_sdpa else "eager")
     unfuse(model)
 
 
@@ -142,7 +142,7 @@ def difference(model: Any, examples: Sequence[Example], accelerator: Any, share:
         with computable(model):
             alone = _measured(model, (plain_loss(model, example, device) for example in examples), accelerator)
         if attention in NAMES:
-            model.get_base_model().set_attn_implementation(attention)
+            attend_by(model.get_base_model(), attention)
         fuse(model)
         (group,) = plan_packs(examples, len(examples) * (HEAD + TAIL + 1), share)
         packed = pack(group, device, share, TRIAL_BLOCK)

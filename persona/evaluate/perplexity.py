@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 
-from persona.engine.attention import NAME, NotCarried
+from persona.engine.attention import NAME, NotCarried, attend_by
 from persona.engine.loss import token_losses
 from persona.engine.memory import Full, Limit, attempt
 from persona.engine.packing import pack, plan_packs
@@ -144,12 +144,12 @@ def shared_beginnings(model: Any, examples: Sequence[Example], limit: Limit, pre
     try:
         with short_windows(model, trial):
             alone = sum(example_losses(model, trial, replace(limit, size=1), precision, share=False))
-            whole.set_attn_implementation(NAME)
+            attend_by(whole, NAME)
             together = _together(model, trial, limit, precision)
         tolerance, _ = TOLERANCE[DTYPES[precision]]
         yield abs(together - alone) <= tolerance * abs(alone)
     finally:
-        whole.set_attn_implementation(before)
+        attend_by(whole, before)
 
 
 def _together(model: Any, examples: Sequence[Example], limit: Limit, precision: str) -> float:

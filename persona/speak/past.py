@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from persona.engine.attention import NotCarried, Softmax, plain_attention
+from persona.engine.attention import NotCarried, Softmax, attend_by, plain_attention
 
 NAME = "own_past"
 CHUNK = 128  # few passes for a prompt, and little of a shared beginning lost; on paper, not tuned on a GPU
@@ -60,11 +60,11 @@ def own_past(model: Any) -> Iterator[None]:
     """Inside, `model` has the attention that `logits_behind` needs."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = model.config._attn_implementation
-    whole.set_attn_implementation(NAME)
+    attend_by(whole, NAME)
     try:
         yield
     finally:
-        whole.set_attn_implementation(before)
+        attend_by(whole, before)
 
 
 def logits_behind(model: Any, ids: Sequence[Sequence[int]], pasts: Sequence[Past | None]) -> torch.Tensor:

@@ -21,6 +21,7 @@ BEHIND = {  # small enough that most logits are bent
     "gemma2": {"final_logit_softcapping": 2.0},
     "gemma3_text": {"final_logit_softcapping": 2.0},
     "gemma4_text": {"final_logit_softcapping": 2.0},
+    "gemma4_unified_text": {"final_logit_softcapping": 2.0},
     "granite": {"logits_scaling": 3.0},
     "granitemoe": {"logits_scaling": 3.0},
 }

@@ -107,7 +107,7 @@ ALTERNATE = {"layer_types": ["sliding_attention", "full_attention"], "use_slidin
 WINDOWS = {
     "mistral": {}, "mixtral": {}, "phi3": {}, "starcoder2": {}, "ministral3": {}, "qwen2": ALTERNATE,
     "qwen3": ALTERNATE, "qwen3_moe": {"use_sliding_window": True}, "ministral": {}, "gemma2": {}, "gemma3_text": {},
-    "gemma4_text": {}, "olmo3": {}, "exaone4": {}, "cohere2": {}, "gpt_oss": {},
+    "gemma4_text": {}, "gemma4_unified_text": {}, "olmo3": {}, "exaone4": {}, "cohere2": {}, "gpt_oss": {},
     "smollm3": ALTERNATE,
 }  # fmt: skip
 
@@ -153,6 +153,10 @@ WRAPPERS = {
     "gemma4": (
         SLIDES | {"global_head_dim": 32, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 512},
         {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+    ),
+    "gemma4_unified": (
+        SLIDES | {"global_head_dim": 32, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        {"pooling_kernel_size": 1, "mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32},
     ),
     "mistral3": ({"model_type": "ministral3", "sliding_window": None}, {"model_type": "pixtral", "image_size": 32}),
 }

@@ -275,6 +275,10 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 512,
         "num_kv_shared_layers": 0,
     },
+    "gemma4_unified_text": {  # in its layers without a window the keys are the values too
+        **{**_SLIDES, "head_dim": 16, "global_head_dim": 32},
+        **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    },
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
     "glm4_moe": {**_MIXTURE, "head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
@@ -357,6 +361,21 @@ WRAPPERS: dict[str, dict[str, dict[str, Any]]] = {
     "gemma4": {
         "text_config": {**_TEXT, "global_head_dim": 16, "hidden_size_per_layer_input": 16, "sliding_window": 16},
         "vision_config": {**_TOWER, "num_key_value_heads": 2, "head_dim": 16},
+        "audio_config": {  # its attention is of one kind only
+            **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32},
+            **{"subsampling_conv_channels": [8, 4], "conv_kernel_size": 3},
+        },
+    },
+    "gemma4_unified": {
+        "text_config": {
+            **{**_TEXT, "global_head_dim": 16, "sliding_window": 16},
+            **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        },
+        "vision_config": {
+            **{"patch_size": 2, "pooling_kernel_size": 1, "mm_embed_dim": 32, "mm_posemb_size": 8},
+            **{"output_proj_dims": 32},
+        },
+        "audio_config": {"audio_embed_dim": 24},
     },
     "qwen3_5": {"text_config": {**_TEXT, **_DELTA}, "vision_config": _QWEN_TOWER},
     "qwen3_5_moe": {

@@ -31,6 +31,7 @@ TARGETS = {
         r"\.weight",
         19,
     ),
+    "gemma4_unified": (r"model\.language_model\.layers\.\d\.(self_attn|mlp)\.\w+_proj\.weight", 13),
     "qwen3_5": (r"model\.language_model\.layers\.\d\.(self_attn|mlp|linear_attn)\.\w+\.weight", 15),
     "qwen3_5_moe": (
         r"model\.language_model\.layers\.\d\.(self_attn|linear_attn|mlp\.shared_expert)\.\w+\.weight",
@@ -41,7 +42,7 @@ TARGETS = {
     "llava": (r"language_model\.model\.layers\.\d\.(self_attn|mlp)\.\w+_proj\.weight", 14),
     "internvl": (r"language_model\.model\.layers\.\d\.(self_attn|mlp)\.\w+_proj\.weight", 14),
 }
-TRAINED = ("mistral3", "gemma3", "gemma4", "qwen3_5", "llama4")  # a run of two updates each
+TRAINED = ("mistral3", "gemma3", "gemma4", "gemma4_unified", "qwen3_5", "llama4")  # a run of two updates each
 
 
 def test_every_kind_is_tried():
@@ -134,7 +135,7 @@ def test_a_random_adapter_is_merged_as_it_computes(base, tmp_path, kind):
     tuned.save_pretrained(tmp_path / "adapter")
     report = merge(base(kind), tmp_path / "adapter", tmp_path / "merged", torch.float32, 10**9)
     before, after = contents(base(kind)), contents(tmp_path / "merged")
-    outside = [name for name in before if re.search(r"vision|visual|projector|embed_vision|mtp|extra", name)]
+    outside = [name for name in before if re.search(r"vision|visual|audio|projector|mtp|extra", name)]
     assert len(outside) > 10
     assert [name for name in outside if before[name] != after[name]] == []  # whatever the type of the language part
     assert report.weights.changed == TARGETS[kind][1]

@@ -252,7 +252,8 @@ def test_few_experts_are_held_with_the_share_that_is_true(tmp_path):
 @pytest.mark.parametrize("four", [False, True])
 @pytest.mark.parametrize(
     ("architecture", "more"),
-    [("llama", {}), ("gpt2", {}), ("gemma4", {}), ("mistral3", {}), ("qwen3_5", {}),
+    [("llama", {}), ("gpt2", {}), ("gemma4", {}), ("gemma4_unified", {}), ("mistral3", {}),
+     ("qwen3_5", {}),
      ("qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 8})],
 )  # fmt: skip
 def test_the_weights_on_paper_are_those_that_are_loaded(tmp_path, architecture, more, four):
