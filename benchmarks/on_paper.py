@@ -42,7 +42,7 @@ class Figures:
     seconds: tuple[float, ...]
     """On each GPU of `ON`."""
     attention: tuple[float, ...]
-    """Share of the operations' time, on each GPU."""
+    """Share of the operations' time, on each GPU; 0 if it is not told apart from the others, as in `norms`."""
     norms: tuple[float, ...]
 
 
@@ -52,8 +52,8 @@ def figures(preset: Path) -> Figures:
     examples = full_pack(limit)
     with _named_attention():
         step = paper.step(examples)
-        paper.depth = LAYERS
-        launches = sum(times for _, times in _kernels(paper.step(examples)))
+        paper.depth = LAYERS if paper.run[0] < paper.run[1] else paper.depth
+        launches = sum(times for _, times in _kernels(paper.step(examples))) * LAYERS / paper.depth
     gpus = [GPUS[name] for name in ON]
     times, attention, norms = zip(*(_times(step, gpu) for gpu in gpus), strict=True)
     return Figures(preset.stem, step.tokens, round(launches), times, attention, norms)
@@ -97,7 +97,7 @@ def row(one: Figures) -> str:
     """The row of a preset."""
     cells = [f"`{one.preset}`", f"{one.tokens:,}", f"{one.launches:,}"]
     for column in zip(one.seconds, one.attention, one.norms, strict=True):
-        cells += [f"{column[0]:.2f}", f"{column[1]:.1%}", f"{column[2]:.1%}"]
+        cells += [f"{column[0]:.2f}", *(f"{share:.1%}" if share else "–" for share in column[1:])]
     return f"| {' | '.join(cells)} |"
 
 

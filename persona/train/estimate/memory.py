@@ -1,6 +1,7 @@
 """The memory of one training step by part, counted at full size on tensors without numbers.
 
-Layers of a model are alike, so two and three of them are run, and the figures of all are on the line through both.
+Layers of a model are alike, or kinds of them come back in the same order: a few are run, and as many more as are in
+such a round, and the figures of all layers are on the line through both.
 """
 
 import copy
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from persona.config import Lora, Quantization
-from persona.engine.attention import IN_FORM, head_size, widest_layer
+from persona.engine.attention import IN_FORM, attend_by, head_size, widest_layer
 from persona.engine.flash import choose
 from persona.engine.fused import fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
@@ -26,7 +27,7 @@ from persona.model.render import Example
 from persona.train.estimate.paper import CAPABILITY, META, Kernel, Paper
 
 GIB = 2**30
-LAYERS_RUN = (2, 3)
+LAYERS_RUN = 2  # at least
 SMALL = 4096  # bitsandbytes' min_8bit_size
 _Run = Callable[[torch.device], tuple[torch.Tensor, int]]  # the loss of a forward pass, and its tokens
 
@@ -77,7 +78,9 @@ class OnPaper:
         self.weights = sum(weight.numel() for weight in model.parameters())
         layers = _layers(model)[1]
         self.depth = len(layers)
-        self.run = LAYERS_RUN if self.depth > LAYERS_RUN[1] and _alike(layers) else (self.depth, self.depth)
+        period = _period(layers)
+        few = max(period, LAYERS_RUN)
+        self.run = (few, few + period) if few + period < self.depth else (self.depth, self.depth)
         _cut(model, self.run[1])
         model.requires_grad_(False)
         model.config.use_cache = False
@@ -111,16 +114,15 @@ class OnPaper:
         """A training step with `examples` in one pack, while the gradients of an earlier pack are there."""
         fuse(self.model.train())
         if self.share:
-            self.model.get_base_model().set_attn_implementation(self._attention())
-        few, more = (self._counted(depth, lambda device: self._loss(examples, device)) for depth in self.run)
-        times = self.depth - self.run[0]
-        parts = {name: few.parts[name] + times * (more.parts[name] - few.parts[name]) for name in more.parts}
-        weights = {"more": float(max(times, 1)), "few": float(-max(times - 1, 0))}
+            attend_by(self.model.get_base_model(), self._attention())
+        few, more = self._twice(lambda device: self._loss(examples, device))
+        rounds = self._rounds
+        weights = {"more": float(max(rounds, 1)), "few": float(-max(rounds - 1, 0))}
         kernels = [
             [*((one, weights["more"]) for one in a), *((one, weights["few"]) for one in b if weights["few"])]
             for a, b in ((more.forward, few.forward), (more.backward, few.backward))
         ]
-        return Step(parts, few.tokens, *kernels)
+        return Step(self._of_all(few, more), few.tokens, *kernels)
 
     def trial(self, examples: Sequence[Example]) -> float:
         """Bytes at the peak of the trial before the first update (persona/engine/trial.py) with the data's `examples`.
@@ -131,11 +133,11 @@ class OnPaper:
         (group,) = plan_packs(few, len(few) * (HEAD + TAIL + 1), self.share)
         with without_chance(self.model):
             unfuse(self.model)
-            self.model.get_base_model().set_attn_implementation(self.own)
+            attend_by(self.model.get_base_model(), self.own)
             alone = self._while(lambda device: (plain_loss(self.model, few[0], device), 0), True)
             fuse(self.model)
             if self.share:
-                self.model.get_base_model().set_attn_implementation(self._attention())
+                attend_by(self.model.get_base_model(), self._attention())
             # the gradients of the examples alone are kept meanwhile
             together = self._while(lambda device: self._loss(group, device, TRIAL_BLOCK), False)
         # no optimizer yet; a copy of one half of the adapter
@@ -148,8 +150,22 @@ class OnPaper:
 
         The pass `adds` to the gradients that are there, or makes others.
         """
-        few, more = (self._counted(depth, run, adds).parts for depth in self.run)
-        return {name: few[name] + (self.depth - self.run[0]) * (more[name] - few[name]) for name in more}
+        return self._of_all(*self._twice(run, adds))
+
+    def _twice(self, run: _Run, adds: bool = True) -> tuple["_Count", "_Count"]:
+        """`run` with a few layers and with more of them; the same if no layers are left out."""
+        few = self._counted(self.run[0], run, adds)
+        return few, few if self.run[0] == self.run[1] else self._counted(self.run[1], run, adds)
+
+    @property
+    def _rounds(self) -> float:
+        """How many times what more layers add comes on top of a few, for all layers."""
+        few, more = self.run
+        return (self.depth - few) / max(more - few, 1)
+
+    def _of_all(self, few: "_Count", more: "_Count") -> dict[str, float]:
+        """Bytes by part for all layers."""
+        return {name: few.parts[name] + self._rounds * (more.parts[name] - few.parts[name]) for name in more.parts}
 
     def _loss(
         self, examples: Sequence[Example], device: torch.device, block: int | None = None
@@ -215,8 +231,10 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
 
 
-def _alike(layers: nn.ModuleList) -> bool:
-    return len({tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in layers}) == 1
+def _period(layers: nn.ModuleList) -> int:
+    """After how many layers the same kinds of them come again, to the last one; all of them if they never do."""
+    kinds = [tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in layers]
+    return next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n))
 
 
 def _cut(model: Any, depth: int) -> None:

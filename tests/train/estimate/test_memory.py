@@ -88,16 +88,31 @@ def test_a_step_on_paper_needs_what_one_with_numbers_needs(kind, checkpointing, 
     assert passing == pytest.approx(really_kept(base, checkpointing, dropout), rel=0.02)
 
 
+IN_TURN = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+
+
 @pytest.mark.parametrize(
     ("device", "checkpointing", "four"), [("cpu", False, False), ("cuda", True, True), ("cuda", False, True)]
 )
-def test_three_layers_tell_of_all(monkeypatch, device, checkpointing, four):
-    config = model("llama", num_hidden_layers=5).config
-    one = setup(config, checkpointing, four=four)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "run"),
+    [
+        ("llama", {"num_hidden_layers": 5}, (2, 3)),
+        ("gemma4_unified_text", IN_TURN, (2, 4)),
+        ("gemma4_text", IN_TURN | {"num_kv_shared_layers": 2}, (6, 6)),  # the last two have no keys of their own
+    ],
+)
+def test_a_few_layers_tell_of_all(monkeypatch, kind, sizes, run, device, checkpointing, four):
+    one = setup(model(kind, **sizes).config, checkpointing, four=four)
     one = Setup(**{**vars(one), "device": device})
-    short = OnPaper(one).step(GROUP)
-    monkeypatch.setattr("persona.train.estimate.memory._alike", lambda _: False)
-    whole = OnPaper(one).step(GROUP)
+    few = OnPaper(one)
+    assert (few.run, few.share) == (run, True)
+    short = few.step(GROUP)
+    monkeypatch.setattr("persona.train.estimate.memory._period", len)
+    whole = OnPaper(one)
+    assert whole.run == (whole.depth, whole.depth)
+    assert few.trial(GROUP) == pytest.approx(whole.trial(GROUP), rel=1e-9)
+    whole = whole.step(GROUP)
     assert short.parts == pytest.approx(whole.parts, rel=1e-9)
     assert sum(n for _, n in [*short.forward, *short.backward]) == len(whole.forward) + len(whole.backward)
 
