@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from persona.engine.attention import NAME, NAMES
 from persona.engine.fused import KNOWN, compute_dtype
 from persona.engine.packing import Pack
+from persona.engine.recurrent import CARRYING, carry_over_trees
 
 # The logits of the first are W h, or W h times a constant, which is a constant of h then; those of the second have a
 # soft cap. Each is held to the whole model by tests/engine/test_loss.py.
 LINEAR = KNOWN | {
+    *CARRYING,
     "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "glm",
     "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "minicpm3", "ministral",
     "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
@@ -105,6 +107,8 @@ def _inputs(packed: Pack, config: Any) -> dict[str, Any]:
         return row
     if config._attn_implementation not in NAMES:  # any other attention would not look at the tree, and say nothing
         raise ValueError(f"a prefix tree needs the attention {NAME}, not {config._attn_implementation}")
+    if (kind := config.get_text_config().model_type) in CARRYING:
+        carry_over_trees(kind)
     # transformers passes a 4-D mask through unchanged; this keeps it from building its own, and no one can use it
     nothing = torch.full((1, 1, 1, 1), torch.nan, device=packed.input_ids.device)
     return row | {"position_ids": packed.position_ids, "tree": packed.tree, "attention_mask": nothing}

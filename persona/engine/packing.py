@@ -15,14 +15,16 @@ it fully. As the tokens are in depth-first order, what is below a node follows i
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 
 from persona.model.render import Example
 
+T = TypeVar("T")
 BLOCK = 192  # tokens that attend at once on a CPU: few enough that their scores stay in its cache
 BLOCK_ON_GPU = 512  # a GPU works through larger products sooner than it starts many of them
 
@@ -81,6 +83,18 @@ class Tree:
         self.longest = max(len(ancestors) + end - begin for ancestors, begin, end in segments)
         """Tokens of the longest example."""
         self._within: dict[int, Sequence[Block]] = {}
+        self._made: dict[Any, Any] = {}
+
+    def once(self, make: Callable[..., T], *args: Any) -> T:
+        """`make` of this tree and `args`, made once for all layers."""
+        if (make, args) not in self._made:
+            self._made[make, args] = make(self, *args)
+        return self._made[make, args]
+
+    @cached_property
+    def nodes(self) -> tuple[Sequence[Stretch], Sequence[int | None]]:
+        """The nodes in the order of their tokens, and the number of the parent of each."""
+        return _nodes(self.segments)
 
     @cached_property
     def blocks(self) -> Sequence[Block]:
@@ -101,8 +115,8 @@ class Tree:
     @cached_property
     def calls(self) -> Sequence[Call]:
         """The first has every node attend to itself; each further one all below the nodes of one depth to these."""
-        nodes, inner = _nodes(self.segments)
-        stretches = [side for pair in [(nodes, nodes), *inner] for side in pair]
+        nodes, parents = self.nodes
+        stretches = [side for pair in [(nodes, nodes), *_inner(nodes, parents)] for side in pair]
         starts = to_device(self.device, [_starts(side) for side in stretches], torch.int32)
         rows = to_device(self.device, [_tokens(side) for side in stretches], torch.long)
         places = to_device(self.device, [_places(side) for side in stretches], torch.long)
@@ -319,8 +333,7 @@ def _stretches(positions: Sequence[int]) -> list[Stretch]:
     return [(positions[a], positions[b - 1] + 1) for a, b in itertools.pairwise(edges)]
 
 
-def _nodes(segments: Sequence[Segment]) -> tuple[list[Stretch], list[tuple[list[Stretch], list[Stretch]]]]:
-    """The nodes of the tree; and for each depth, what is below each of its inner nodes, and these nodes."""
+def _nodes(segments: Sequence[Segment]) -> tuple[list[Stretch], list[int | None]]:
     parent_ends = {begin: ancestors[-1] + 1 if ancestors else 0 for ancestors, begin, _ in segments}
     edges = {segments[-1][2]}
     for begin, above in parent_ends.items():
@@ -328,20 +341,26 @@ def _nodes(segments: Sequence[Segment]) -> tuple[list[Stretch], list[tuple[list[
             edges |= {begin, above}
     nodes = list(itertools.pairwise(sorted(edges | {0})))
     ending = {end: number for number, (_, end) in enumerate(nodes)}
-    parents, depths = [], []
-    for begin, _ in nodes:
-        parent = ending.get(parent_ends.get(begin, begin))  # a cut within a segment has the node before it as parent
-        parents.append(parent)
+    # a cut within a segment has the node before it as parent
+    return nodes, [ending.get(parent_ends.get(begin, begin)) for begin, _ in nodes]
+
+
+def _inner(
+    nodes: Sequence[Stretch], parents: Sequence[int | None]
+) -> list[tuple[Sequence[Stretch], Sequence[Stretch]]]:
+    """For each depth, what is below each of its inner nodes, and these nodes."""
+    depths: list[int] = []
+    for parent in parents:
         depths.append(0 if parent is None else depths[parent] + 1)
     ends = [end for _, end in nodes]
     for number in reversed(range(len(nodes))):
         if (parent := parents[number]) is not None:
             ends[parent] = max(ends[parent], ends[number])
-    pairs = []
+    pairs: list[tuple[Sequence[Stretch], Sequence[Stretch]]] = []
     for depth in range(max(depths)):
         inner = [n for n, (_, end) in enumerate(nodes) if depths[n] == depth and ends[n] > end]
         pairs.append(([(nodes[n][1], ends[n]) for n in inner], [nodes[n] for n in inner]))
-    return nodes, pairs
+    return pairs
 
 
 def _side(stretches: Sequence[Stretch], starts: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> Side:

@@ -14,6 +14,7 @@ from persona.engine.flash import BLOCKS
 from persona.engine.fused import KNOWN, fuse, unfuse
 from persona.engine.loss import negative_log_likelihood
 from persona.engine.packing import inputs, pack, plan_packs
+from persona.engine.recurrent import CARRYING
 from persona.model.architecture import computable
 from persona.model.render import Example
 
@@ -23,12 +24,13 @@ SHARING = KNOWN | {
     "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2",
     "gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe",
     "helium", "hunyuan_v1_dense", "minicpm3", "ministral", "ministral3", "mixtral", "olmo2", "olmo3", "phi3",
-    "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2", *CARRYING,
 }  # fmt: skip
+CARRIED = frozenset({"linear_attention", "conv"})  # types of layers that carry a state, which trees can carry too
 UNTOLD = frozenset({"qwen2_moe"})  # their window is in the mask alone, and their attention does not learn of it
 LEARNED = frozenset({"gpt2", "opt", "gpt_neo", "gpt_bigcode", "xglm"})
 ALIBI = frozenset({"bloom", "mpt"})
-STATE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "zamba2", "nemotron_h", "lfm2"})
+STATE = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "zamba2", "nemotron_h"})
 # Largest relative differences of the loss, and of the gradient of one kind of weights, that rounding may make. On the
 # embedded model in bfloat16 they are 0.002 and 0.06; if branches see each other, they are above 0.1 and 0.9.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (0.01, 0.2), torch.float16: (0.01, 0.1)}
@@ -42,7 +44,8 @@ def why_not(config: Any, longest: int) -> str | None:
     whole, config = config, config.get_text_config()
     kind = config.model_type
     layers = getattr(config, "layer_types", None) or ()
-    if other := sorted({layer for layer in layers if layer not in ("full_attention", "sliding_attention")}):
+    known = {"full_attention", "sliding_attention"} | (CARRIED if kind in CARRYING else set())
+    if other := sorted(set(layers) - known):
         return f"it has layers of {', '.join(other)}, which carry one reply into the next"
     if kind in STATE:
         return "it carries a state from token to token"
@@ -61,6 +64,12 @@ def why_not(config: Any, longest: int) -> str | None:
     if whole._attn_implementation not in ("sdpa", "eager", *NAMES):
         return f"its attention runs as {whole._attn_implementation}"
     return None
+
+
+def carries_state(config: Any) -> bool:
+    """Whether layers of this configuration carry more from token to token than keys and values."""
+    config = config.get_text_config()
+    return config.model_type in STATE or not CARRIED.isdisjoint(getattr(config, "layer_types", None) or ())
 
 
 def _switch(config: Any) -> tuple[str, int] | None:

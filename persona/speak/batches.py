@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from persona.engine.trial import STATE, has_experts, why_not
+from persona.engine.trial import STATE, carries_state, has_experts, why_not
 from persona.speak.choices import Decoding, chance_of, choose, noise_of, penalised
 from persona.speak.past import Past, logits_behind, own_past, read, whole_chunks
 from persona.speak.rounding import LOOSE, ONE_BY_ONE, WIDTH, Rounding, with_margin
@@ -89,7 +89,8 @@ def _ways(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tupl
 
     Each for itself: rotary positions that are others in long rows are the same in short ones, whatever is asked beside.
     """
-    own = [number for number, ids in enumerate(prompts) if why_not(model.config, len(ids) + new_tokens) is None]
+    shares = [why_not(model.config, len(ids) + new_tokens) is None for ids in prompts]
+    own = [number for number, free in enumerate(shares) if free and not carries_state(model.config)]
     return own, sorted(set(range(len(prompts))).difference(own))
 
 

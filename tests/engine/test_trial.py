@@ -46,7 +46,7 @@ def accelerator():
         ({"model_type": "qwen2_moe", "sliding_window": 64, "layer_types": SLIDES}, 64, None),
         ({"model_type": "qwen2_moe", "sliding_window": 64, "layer_types": SLIDES}, 65, "only 64 tokens"),
         ({"model_type": "qwen2_moe", "sliding_window": 0, "layer_types": ["full_attention"]}, 4096, None),
-        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, 16, "linear_attention"),
+        ({"model_type": "llama", "layer_types": ["linear_attention", "full_attention"]}, 16, "linear_attention"),
         ({"model_type": "mamba2"}, 16, "state"),
         ({"model_type": "opt"}, 16, "learned"),
         ({"model_type": "bloom"}, 16, "ALiBi"),

@@ -251,6 +251,11 @@ _LATENT: dict[str, Any] = {  # keys and values from one small vector, and values
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+_FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_DELTA: dict[str, Any] = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    **{"linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"]},
+}
 _SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -286,6 +291,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "helium": {"head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "lfm2": {"block_ff_dim": 128, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
     "minicpm3": {
         "q_lora_rank": 16,
         "kv_lora_rank": 16,
@@ -299,6 +305,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "olmo3": _SLIDES,
     "qwen2_moe": {**_MIXTURE, "num_experts": 4, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": {**_DELTA, "head_dim": 16},
+    "qwen3_5_moe_text": {**_DELTA, **_FEW_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 32},
+    "qwen3_next": {**_DELTA, **_FEW_EXPERTS, "head_dim": 16, "shared_expert_intermediate_size": 32},
     "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
     "starcoder2": {"sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0},
@@ -338,11 +347,6 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 _TEXT: dict[str, Any] = {"head_dim": 16, "pad_token_id": 0}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
-_DELTA: dict[str, Any] = {
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
-    **{"linear_conv_kernel_dim": 4, "layer_types": ["linear_attention", "full_attention"]},
-}
-_FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _TOWER: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"image_size": 28, "patch_size": 14},
@@ -444,6 +448,8 @@ def model(architecture: str = "llama", vocabulary: int = 512, **config: Any) -> 
         for name, weight in made.named_parameters():
             if not weight.isfinite().all() or weight.abs().max() > 1e4 or "sinks" in name:  # not initialised
                 torch.nn.init.normal_(weight, std=0.1)
+            if name.endswith("A_log"):  # as strong as some begin, transformers' own chunks lose gradients by 1e-4
+                torch.nn.init.uniform_(weight, -4, -1)
         return made
 
 
