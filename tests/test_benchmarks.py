@@ -11,7 +11,10 @@ from accelerate.state import AcceleratorState
 from making.tiny import family, save_model
 from safetensors.torch import load_file
 
+from persona.config import load_config
+from persona.engine.fused import KNOWN
 from persona.errors import DataError, EnvironmentFault
+from persona.train.estimate.presets import model_config
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,17 +246,23 @@ def rows_on_paper():
     return {line.split("`")[1]: line for line in lines}
 
 
-def test_attention_norms_and_launches_of_every_preset_stay_below_their_limits():
-    rows = rows_on_paper()
-    assert sorted(rows) == sorted(path.stem for path in (ROOT / "config" / "presets").glob("*.json"))
+def test_attention_norms_and_launches_of_models_with_fused_layers_stay_below_their_limits():
+    rows, presets = rows_on_paper(), (ROOT / "config" / "presets").glob("*.json")
+    names = {path.stem: load_config(path, []).model.name_or_path for path in presets}
+    assert sorted(rows) == sorted(names)
+    fused = {preset for preset, name in names.items() if model_config(name).model_type in KNOWN}
+    assert len(fused) >= 13
     for name, row in rows.items():
-        launches, *times = [float(cell.strip(" %").replace(",", "")) for cell in row.split("|")[3:-1]]
-        assert launches <= 15_000, name
-        assert max(times[1::3]) <= 8, name  # per cent of a step in attention
-        assert max(times[2::3]) <= 4, name  # in norms
+        cells = [cell.strip(" %").replace(",", "") for cell in row.split("|")[3:-1]]
+        assert ("–" in cells) == (name not in fused), name
+        if name in fused:
+            launches, *times = map(float, cells)
+            assert launches <= 15_000, name
+            assert max(times[1::3]) <= 8, name  # per cent of a step in attention
+            assert max(times[2::3]) <= 4, name  # in norms
 
 
-@pytest.mark.parametrize("name", ["qwen3-4b-8gb", "qwen2.5-1.5b-8gb"])
+@pytest.mark.parametrize("name", ["qwen3-4b-8gb", "qwen2.5-1.5b-8gb", "ministral3-8b-12gb"])
 def test_the_table_on_paper_is_the_generated_one(on_paper, name):
     figures = on_paper.figures(ROOT / "config" / "presets" / f"{name}.json")
     assert rows_on_paper()[name] == on_paper.row(figures), "run python benchmarks/on_paper.py"
