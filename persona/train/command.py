@@ -24,7 +24,7 @@ def tune(
     if for_gpu is not None:
         find_gpu(for_gpu)
     read_data(config.data, config.seed)  # mistakes in the data come before a download
-    if show is None and config.model.device == "cuda":
+    if show is None and not dry and config.model.device == "cuda":
         prepare_libraries(offline=False)
         from persona.model.device import choose_device
 

@@ -56,6 +56,15 @@ def test_config_and_tokenizer_are_enough(monkeypatch, capsys, tmp_path, bare_mod
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_preset_can_be_asked_about_where_there_is_no_gpu(monkeypatch, capsys, tmp_path, bare_model):
+    words = ["--dry-run", "--set", "model.device=cuda"]
+    out = run_script(monkeypatch, capsys, tmp_path, bare_model, *words, "--for-gpu", "rtx3060")
+    assert "RTX 3060" in out.partition("Dry run")[2]
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--for-gpu 8GB"):
+            run_script(monkeypatch, capsys, tmp_path, bare_model, *words)
+
+
 def test_training_still_wants_the_weights(monkeypatch, capsys, tmp_path, bare_model):
     with pytest.raises(UsageError, match=r"model\.safetensors missing"):
         run_script(monkeypatch, capsys, tmp_path, bare_model)
