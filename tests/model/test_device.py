@@ -249,7 +249,7 @@ from persona.model.device import freed_at_once
 torch.ones(2**22)  # 16 MiB: glibc keeps freed blocks up to this size from now on
 for inside in (freed_at_once(torch.device("cpu")), nullcontext()):
     with inside:
-        blocks = [(torch.ones(2**20), torch.ones(64)) for _ in range(50)]
+        blocks = [(torch.ones(2**20), torch.ones(2**14)) for _ in range(50)]  # glibc has smaller ones in store
         size = psutil.Process().memory_info().rss
         small = [one for _, one in blocks]
         del blocks
