@@ -59,8 +59,6 @@ def why_not(config: Any, longest: int) -> str | None:
         return f"its attention reaches back only {config.sliding_window} tokens, and an example has up to {longest}"
     if (edge := _switch(config)) is not None and edge[1] < longest:
         return f"its positions change with an example of over {edge[1]} tokens beside it (rope_type {edge[0]})"
-    if getattr(config, "attention_dropout", 0):
-        return "its configuration drops attention weights at random (attention_dropout)"
     if whole._attn_implementation not in ("sdpa", "eager", *NAMES):
         return f"its attention runs as {whole._attn_implementation}"
     return None

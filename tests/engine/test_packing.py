@@ -101,6 +101,16 @@ def test_an_architecture_shares(architecture):
         assert_same(packed_result(tuned, examples, size, share), expected(architecture, "history kept"))
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_no_attention_weights_are_dropped(share):
+    """As Seed-OSS' configuration would have it: what examples share is computed once, and rows do the same."""
+    examples = cases()["history kept"]
+    tuned = with_adapter(model("llama", pad_token_id=None, attention_dropout=0.5))
+    tuned.get_base_model().set_attn_implementation(NAME)
+    fuse(tuned.train())
+    assert_same(packed_result(tuned, examples, 100_000, share), expected("llama", "history kept"))
+
+
 # --- windows, soft caps, sinks ---------------------------------------------------------------------------------------
 
 ALTERNATE = {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}

@@ -51,7 +51,7 @@ def accelerator():
         ({"model_type": "opt"}, 16, "learned"),
         ({"model_type": "bloom"}, 16, "ALiBi"),
         ({"model_type": "unheard_of"}, 16, "not among"),
-        ({"model_type": "llama", "attention_dropout": 0.1}, 16, "at random"),
+        ({"model_type": "llama", "attention_dropout": 0.1}, 16, None),
         ({"model_type": "llama", "_attn_implementation": "flash_attention_2"}, 16, "flash_attention_2"),
         ({"model_type": "gemma2", "_attn_implementation": "eager"}, 16, None),
         ({"model_type": "phi3", "rope_parameters": LONGROPE}, 64, None),
@@ -216,6 +216,13 @@ def test_the_others_train_in_rows_and_say_why(architecture, tmp_path):
     assert "one example a row: its " in "\n".join(said)
     losses = [line["train/loss"] for line in runs.metrics(tmp_path / "outputs" / "tiny") if "train/loss" in line]
     assert losses[-1] < losses[0]
+
+
+def test_a_run_says_that_it_drops_no_attention_weights(tmp_path):
+    folder = save_model(tmp_path / "llama", "llama", family("chatml_default"), attention_dropout=0.1)
+    said = []
+    finetune(runs.config(tmp_path, folder, training={"num_train_epochs": 1}), True, said.append)
+    assert "no attention weights are dropped, though the model's attention_dropout is 0.1" in "\n".join(said)
 
 
 def test_a_run_that_fails_the_trial_goes_on_in_rows(tmp_path, tiny_model, monkeypatch):
