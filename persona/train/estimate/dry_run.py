@@ -189,7 +189,7 @@ def _advice(config: Config, run: Forecast, forecast: Callable[[Config], Forecast
     """Lines with changes that were tried on paper."""
     if run.verdict == "fits":
         return
-    for change in _changes(config, run):
+    for change in _changes(config, run) if run.loading <= run.room.bytes else ():
         words = [f"--set {name}={str(value).lower()}" for name, value in change.items()]
         other = forecast(_changed(config, change))
         if other.verdict == "fits":

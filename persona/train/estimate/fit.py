@@ -8,15 +8,16 @@ import torch
 
 from persona.model.render import Example
 from persona.train.estimate.gpus import GPUS, WINDOWS_KEEPS, Gpu, known_name
-from persona.train.estimate.memory import GIB, OnPaper
+from persona.train.estimate.memory import GIB, OnPaper, Step
 
 # A guess: gaps between the blocks that torch's allocator hands out, and CUDA's own context.
 # benchmarks/gpu_session.py on a GPU gives the true figures.
 GAPS, CUDA_CONTEXT = 1.05, 0.5 * GIB
-# On the CPU: holes of glibc's heap between tensors that come and go (24 to 32 % of them in packs of 1,000 and 2,000
-# tokens); code of libraries that only evaluations and their samples load; and the code for 16-bit products of 64
-# shapes, which torch and oneDNN keep (persona/model/sources.py), 0.65 MiB each
-HOLES = 0.3
+# On the CPU: holes of glibc's heap between tensors that come and go (31 to 41 % of them in packs of 1,000 tokens, with
+# checkpointing too, where each layer leaves its holes before it is computed again); code of libraries that only
+# evaluations and their samples load; and the code for 16-bit products of 64 shapes, which torch and oneDNN keep
+# (persona/model/sources.py), 0.65 MiB each
+HOLES = 0.35
 EVALUATION_CODE = 0.05 * GIB
 PRODUCTS = 64 * 0.65 * 2**20
 TIGHT = 0.1  # of the room: with less left over, another program or a longer example may be too much
@@ -56,15 +57,14 @@ def room_here(device: torch.device, resident: float = 0.0) -> Room:
     return Room("this CPU", "cpu", psutil.virtual_memory().available + resident, None)
 
 
-def with_losses(parts: dict[str, float], kind: str, resident: float = 0.0, precision: str = "bf16") -> float:
-    """Bytes that a step takes on the device: its tensors, and what is lost beside them.
+def with_losses(step: Step, kind: str, resident: float = 0.0, precision: str = "bf16") -> float:
+    """Bytes that `step` takes on the device: its tensors, and what is lost beside them.
 
     On the CPU they are those of the whole process, which had `resident` bytes before the model was loaded.
     """
     if kind == "cuda":
-        return sum(parts.values()) * GAPS + CUDA_CONTEXT
-    passing = parts["kept activations"] + parts["workspace"]
-    return resident + (PRODUCTS if precision == "bf16" else 0) + sum(parts.values()) + HOLES * passing
+        return step.peak * GAPS + CUDA_CONTEXT
+    return resident + (PRODUCTS if precision == "bf16" else 0) + step.peak + HOLES * step.passing
 
 
 def largest_pack(
@@ -78,7 +78,7 @@ def largest_pack(
 
     def need(limit: int) -> tuple[int, float]:
         step = paper.step(filled(limit))
-        return step.tokens, with_losses(step.parts, paper.setup.device, resident, paper.setup.precision)
+        return step.tokens, with_losses(step, paper.setup.device, resident, paper.setup.precision)
 
     (few, little), (many, much) = need(most // 4), need(most)
     if much <= room:

@@ -158,7 +158,7 @@ class Forecast:
     @property
     def lost(self) -> float:
         """Bytes that are needed beside the tensors of a step."""
-        needed = with_losses(self.step.parts, self.room.kind, self.resident, self.setup.precision)
+        needed = with_losses(self.step, self.room.kind, self.resident, self.setup.precision)
         return needed - self.step.peak
 
     @property
@@ -175,6 +175,8 @@ class Forecast:
     @cached_property
     def largest(self) -> int:
         """The largest pack that leaves a margin; 0 if none does."""
+        if self.loading > self.room.bytes:
+            return 0
         room = self.room.bytes * (1 - TIGHT)
         most = max(self.work.largest_update, self.work.longest)
         limit = _largest(self.train, self.paper, room, most, self.resident)

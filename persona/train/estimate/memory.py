@@ -6,12 +6,14 @@ such a round, and the figures of all layers are on the line through both.
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from persona.config import Lora, Quantization
 from persona.engine.attention import IN_FORM, attend_by, head_size, widest_layer
@@ -53,6 +55,8 @@ class Step:
 
     parts: dict[str, float]
     """Bytes at the peak, by part."""
+    passing: float
+    """Bytes of all that comes and goes in a step if nothing that is kept for the backward pass is computed again."""
     tokens: int
     """Tokens that the pack computes."""
     forward: Sequence[tuple[Kernel, float]]
@@ -103,6 +107,7 @@ class OnPaper:
         self.own = self.model.config._attn_implementation
         self.share = why_not(self.model.config, 1) is None
         self.path, self.layers = _layers(self.model)
+        self._a_token: float | None = None
 
     def _attention(self) -> str:
         """The form of attention over trees on the device, as any GPU since RTX 30 has it."""
@@ -116,13 +121,36 @@ class OnPaper:
         if self.share:
             attend_by(self.model.get_base_model(), self._attention())
         few, more = self._twice(lambda device: self._loss(examples, device))
+        parts = self._of_all(few, more)
         rounds = self._rounds
         weights = {"more": float(max(rounds, 1)), "few": float(-max(rounds - 1, 0))}
         kernels = [
             [*((one, weights["more"]) for one in a), *((one, weights["few"]) for one in b if weights["few"])]
             for a, b in ((more.forward, few.forward), (more.backward, few.backward))
         ]
-        return Step(self._of_all(few, more), few.tokens, *kernels)
+        return Step(parts, self._passing(examples, parts, few.tokens), few.tokens, *kernels)
+
+    def _passing(self, examples: Sequence[Example], parts: dict[str, float], tokens: int) -> float:
+        """Bytes that come and go in a step with `examples`, whose `parts` with checkpointing are known."""
+        if self.setup.device != "cpu" or not self.setup.checkpointing:
+            return parts["kept activations"] + parts["workspace"]
+        if self._a_token is None:
+            with self._nothing_again():
+                whole = self._while(lambda device: self._loss(examples, device), True)
+            self._a_token = (whole["kept activations"] + whole["workspace"]) / tokens
+        return self._a_token * tokens
+
+    @contextmanager
+    def _nothing_again(self) -> Iterator[None]:
+        """Inside, the layers keep all that the backward pass needs."""
+        layers = [layer for layer in self.layers if isinstance(layer, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.gradient_checkpointing = True
 
     def trial(self, examples: Sequence[Example]) -> float:
         """Bytes at the peak of the trial before the first update (persona/engine/trial.py) with the data's `examples`.

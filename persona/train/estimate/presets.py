@@ -143,7 +143,7 @@ def memory_row(path: Path) -> str:
     paper, limit = on_paper(path)
     steps = [paper.step(full_pack(tokens)) for tokens in (limit, limit // 2)]
     trial = paper.trial(full_pack(limit))
-    needs = [with_losses(step.parts, "cuda") + max(trial - step.peak, 0) for step in steps]
+    needs = [with_losses(step, "cuda") + max(trial - step.peak, 0) for step in steps]
     parts = list(steps[0].parts.values())
     room = gpu_size(path) * GIB - WINDOWS_KEEPS
     figures = [sum(parts[:2]), sum(parts[2:5]), sum(parts[5:])]

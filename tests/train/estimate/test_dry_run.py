@@ -233,4 +233,7 @@ def test_a_cpu_needs_the_files_of_a_base_in_4_bits_beside_its_weights(tmp_path, 
     assert here.need == here.loading > 1e12
     assert module._verdict(here).startswith("does not fit: 1118.")
     assert module._verdict(here).endswith("The peak is that of loading the model.")
+    # which no setting changes, so none is tried
+    assert here.largest == 0
+    assert next(module._advice(wanted, here, lambda _: pytest.fail("tried"))).startswith("  Nothing of it")
     assert forecast_in(wanted, tiny_model, 1e12).loading == 0
