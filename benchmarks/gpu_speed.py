@@ -137,7 +137,7 @@ def _estimate(config: Config, shape: Any, examples: Sequence[Example], device: t
     setup = Setup(shape, config.lora, config.quantization, precision, device.type, optimizer, checkpointing)
     step, room = OnPaper(setup).step(examples), room_here(device)
     estimate = {
-        "peak_gib": with_losses(step.parts, device.type) / GIB,
+        "peak_gib": with_losses(step, device.type) / GIB,
         "tensors_gib": step.peak / GIB,
         "room_gib": room.bytes / GIB,
     }

@@ -18,7 +18,7 @@ from torch import nn
 
 # Norms, gated layers and output layers of these compute the formulas here and in persona/engine/loss.py (no scale or
 # soft cap behind the output layer); any other architecture keeps its own
-KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+KNOWN = frozenset({"llama", "ministral3", "mistral", "qwen2", "qwen3"})
 ROWS = 512  # of a norm at a time on a CPU: float32 copies in one piece left holes of 0.2 GiB in a benchmark's 2.7
 # Rows; bitsandbytes 0.50 computes them by a kernel that reads 4 bits a weight on most GPUs and for most shapes
 # (_gemm_4bit_use_custom_cuda: up to 8 to 1,536), and dequantizes the weight for more, as the layers here do
@@ -29,7 +29,7 @@ _UNPACKED = "weight_unpacked"  # attribute of a 4-bit layer
 
 def fuse(model: PeftModel) -> None:
     """Replace the forward of plain LoRA layers and, in known architectures, of norms and gated layers."""
-    known = model.config.model_type in KNOWN
+    known = model.config.get_text_config().model_type in KNOWN
     for module in model.modules():
         if "forward" in vars(module):  # set by another library, such as a hook of accelerate
             continue

@@ -16,7 +16,7 @@ LINEAR = KNOWN | {
     *CARRYING,
     "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "glm",
     "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "minicpm3", "ministral",
-    "ministral3", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 }  # fmt: skip
 CAPPED = frozenset({"gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"})
 # Logits that exist at a time, in 16 bits 32 MiB and 128 MiB. A GPU reads the whole output layer for each chunk.
