@@ -17,7 +17,7 @@ GAPS, CUDA_CONTEXT = 1.05, 0.5 * GIB
 # checkpointing too, where each layer leaves its holes before it is computed again); code of libraries that only
 # evaluations and their samples load; and the code for 16-bit products of 64 shapes, which torch and oneDNN keep
 # (persona/model/sources.py), 0.65 MiB each
-HOLES = 0.35
+HOLES = 0.33
 EVALUATION_CODE = 0.05 * GIB
 PRODUCTS = 64 * 0.65 * 2**20
 TIGHT = 0.1  # of the room: with less left over, another program or a longer example may be too much
