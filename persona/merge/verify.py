@@ -75,6 +75,9 @@ TOLERANCES = {
     torch.float16: Tolerance(1e-3, 0.005),
     torch.bfloat16: Tolerance(1e-2, 0.03),
 }
+# Share of the logits' standard deviation by which one has to be ahead to be top-1: in a random Qwen3.5 of 49,152 words
+# rounding to float16 turned three of 512 tokens, which were 5e-4 ahead at most
+TIE = 1e-3
 ROUGH = Tolerance(2e-2, 0.05)  # computed in 16 bits, where the order of sums alone changes as much
 
 
@@ -87,7 +90,7 @@ class Verdict:
     """Mean loss of base + adapter in nats a token."""
     merged: float
     agreement: float
-    """Share of tokens with the same top-1."""
+    """Share of tokens with the same top-1, or with another that is as probable but for rounding."""
     largest: float
     """Largest difference of a logit."""
     passed: bool
@@ -227,7 +230,9 @@ def compare(expected: torch.Tensor, merged: torch.Tensor, examples: Sequence[Exa
     losses = [F.cross_entropy(logits, targets).item() for logits in (expected, merged)]
     if not all(map(math.isfinite, losses)):
         raise DataError(f"The loss is not finite: {losses[0]} with base + adapter, {losses[1]} merged.")
-    differing = int((expected.argmax(-1) != merged.argmax(-1)).sum())
+    first, other = (logits.argmax(-1, keepdim=True) for logits in (expected, merged))
+    ahead = (expected.gather(1, first) - expected.gather(1, other)).flatten()
+    differing = int((ahead > TIE * expected.std(-1)).sum())
     # one may always differ: two tokens can be all but equally probable
     alike = differing <= max(1, tolerance.differing * len(targets))
     passed = alike and abs(losses[1] - losses[0]) <= tolerance.loss * losses[0]

@@ -108,6 +108,16 @@ def test_the_numbers_are_those_of_the_logits():
     assert not verify.compare(expected, two, examples, verify.Tolerance(9, 0.3)).passed
 
 
+@pytest.mark.parametrize(("ahead", "differing"), [(0.0005, 0), (0.002, 4)])
+def test_tokens_that_are_as_probable_do_not_differ(ahead, differing):
+    """Their logits have a standard deviation of 1.15, so a thousandth of it is between the two."""
+    expected = torch.tensor([[2.0, 2 - ahead, 0]]).expand(4, 3)
+    merged = torch.tensor([[2.0, 2 + ahead, 0]]).expand(4, 3)
+    verdict = verify.compare(expected, merged, [SimpleNamespace(reply_ids=(0,) * 4)], verify.Tolerance(1e-2, 0.3))
+    assert verdict.agreement == 1 - differing / 4
+    assert verdict.passed == (differing == 0)
+
+
 def tokens(examples):
     return sum(len(example.reply_ids) for example in examples)
 
