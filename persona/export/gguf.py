@@ -59,8 +59,21 @@ def convert_model(
     weights = sum(math.prod(info["shape"]) for _, _, info in tensor_index(model).values())
     check_space(output, weights, outtype)
     with _converted_to(output, script) as staging:
-        run_converter(script, [model, "--outfile", staging, "--outtype", outtype, "--model-name", output.stem])
+        run_converter(
+            script,
+            [model, "--outfile", staging, "--outtype", outtype, "--model-name", output.stem, *_drafts(model, script)],
+        )
         return _compared(staging, model, fmt)
+
+
+def _drafts(model: Path, script: Path) -> list[str]:
+    """What to tell the converter of a Qwen3.5 or Qwen3-Next without layers for multi-token prediction.
+
+    The published ones have them, but transformers does not save them again; llama.cpp fails for want of them.
+    """
+    kind, names = str(text_config(model).get("model_type", "")), tensor_index(model)
+    without = kind.startswith(("qwen3_5", "qwen3_next")) and not any("mtp." in name for name in names)
+    return ["--no-mtp"] if without and "--no-mtp" in script.read_text(encoding="utf-8") else []
 
 
 def _compared(path: Path, model: Path, fmt: ChatFormat) -> tuple[GGUFReport, list[str]]:

@@ -421,7 +421,7 @@ def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mistral3", "gemma3"])
+@pytest.mark.parametrize("kind", ["mistral3", "gemma3", "qwen3_vl"])
 def test_the_real_converter_takes_the_text_of_a_model_that_reads_pictures(source, embedded, tmp_path, kind):
     spoken = load_tokenizer(embedded, None, date(2024, 5, 1))
     fmt = chat_format(spoken)
@@ -438,3 +438,32 @@ def test_the_real_converter_takes_the_text_of_a_model_that_reads_pictures(source
     assert report.outside > 10
     assert report.tensors >= 20
     assert report.unknown == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "script", "told"),
+    [
+        ("qwen3_next", "model.norm.weight", '"--no-nextn", "--no-mtp"', ["--no-mtp"]),
+        ("qwen3_5_text", "model.norm.weight", '"--no-nextn", "--no-mtp"', ["--no-mtp"]),
+        ("qwen3_5_text", "mtp.norm.weight", '"--no-nextn", "--no-mtp"', []),
+        ("qwen3_next", "model.norm.weight", "an older script", []),
+        ("qwen3", "model.norm.weight", '"--no-nextn", "--no-mtp"', []),
+    ],
+)
+def test_the_converter_hears_of_missing_layers_for_drafts(tmp_path, kind, tensor, script, told):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+    save_file({tensor: torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "convert.py").write_text(script, encoding="utf-8")
+    assert gguf._drafts(tmp_path, tmp_path / "convert.py") == told
+
+
+@pytest.mark.slow
+def test_the_real_converter_takes_a_model_without_layers_for_drafts(source, embedded, tmp_path):
+    folder = tmp_path / "a model"
+    tiny_random_model("qwen3_next", 49152, bos_token_id=1, eos_token_id=2).half().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(embedded / name, folder / name)
+    fmt = chat_format(load_tokenizer(embedded, None, date(2024, 5, 1)))
+    report, _ = convert_model(folder, tmp_path / "m.gguf", source, "f16", fmt)
+    assert report.architecture == "qwen3next"
+    assert report.tensors > 40
