@@ -67,7 +67,7 @@ def convert_model(
 
 
 def _drafts(model: Path, script: Path) -> list[str]:
-    """What to tell the converter of a Qwen3.5 or Qwen3-Next without layers for multi-token prediction.
+    """The converter's option for a Qwen3.5 or Qwen3-Next in `model` without layers for multi-token prediction, if any.
 
     The published ones have them, but transformers does not save them again; llama.cpp fails for want of them.
     """

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from persona.config import Config
@@ -16,7 +15,7 @@ from persona.errors import UsageError
 from persona.model.architecture import read_architecture
 from persona.model.device import choose_device, choose_precision
 from persona.model.folders import missing_parts
-from persona.train.estimate.fit import CUDA_CONTEXT, GAPS, HOLES, TIGHT, Room, room_here, room_on
+from persona.train.estimate.fit import CUDA_CONTEXT, GAPS, HOLES, TIGHT, Room, resident_bytes, room_here, room_on
 from persona.train.estimate.forecast import Forecast
 from persona.train.estimate.gpus import WINDOWS_KEEPS, find_gpu
 from persona.train.estimate.memory import GIB
@@ -45,7 +44,7 @@ class _Time:
 
 def dry_run(config: Config, material: Material, for_gpu: str | None) -> str:
     """The report on a run that `config` describes, on this device or on the GPU that is called `for_gpu`."""
-    resident = float(psutil.Process().memory_info().rss)
+    resident = resident_bytes()
     room = _room(config, for_gpu, resident)
     model_config = read_architecture(material.base)
     optimizer = choose_optimizer(config.training.optim, torch.device(room.kind))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from persona.model.device import return_free_memory
 from persona.model.render import Example
 from persona.train.estimate.gpus import GPUS, WINDOWS_KEEPS, Gpu, known_name
 from persona.train.estimate.memory import GIB, OnPaper, Step
@@ -14,11 +15,11 @@ from persona.train.estimate.memory import GIB, OnPaper, Step
 # benchmarks/gpu_session.py on a GPU gives the true figures.
 GAPS, CUDA_CONTEXT = 1.05, 0.5 * GIB
 # On the CPU: holes of glibc's heap between tensors that come and go (31 to 41 % of them in packs of 1,000 tokens, with
-# checkpointing too, where each layer leaves its holes before it is computed again); code of libraries that only
-# evaluations and their samples load; and the code for 16-bit products of 64 shapes, which torch and oneDNN keep
-# (persona/model/sources.py), 0.65 MiB each
+# checkpointing too, where each layer leaves its holes before it is computed again); code of libraries that training
+# loads, and that only evaluations and their samples load; and the code for 16-bit products of 64 shapes, which torch
+# and oneDNN keep (persona/model/sources.py), 0.65 MiB each
 HOLES = 0.33
-EVALUATION_CODE = 0.05 * GIB
+TRAINING_CODE, EVALUATION_CODE = 0.04 * GIB, 0.05 * GIB
 PRODUCTS = 64 * 0.65 * 2**20
 TIGHT = 0.1  # of the room: with less left over, another program or a longer example may be too much
 CPU_SHARE = 0.5  # of the free memory that packs of size "auto" may fill: other programs run beside
@@ -57,6 +58,12 @@ def room_here(device: torch.device, resident: float = 0.0) -> Room:
     return Room("this CPU", "cpu", psutil.virtual_memory().available + resident, None)
 
 
+def resident_bytes() -> float:
+    """Bytes of this process in memory. What reading a large tokenizer left free in glibc's heap is given back."""
+    return_free_memory(torch.device("cpu"))
+    return float(psutil.Process().memory_info().rss)
+
+
 def with_losses(step: Step, kind: str, resident: float = 0.0, precision: str = "bf16") -> float:
     """Bytes that `step` takes on the device: its tensors, and what is lost beside them.
 
@@ -64,7 +71,8 @@ def with_losses(step: Step, kind: str, resident: float = 0.0, precision: str = "
     """
     if kind == "cuda":
         return step.peak * GAPS + CUDA_CONTEXT
-    return resident + (PRODUCTS if precision == "bf16" else 0) + step.peak + HOLES * step.passing
+    code = TRAINING_CODE + (PRODUCTS if precision == "bf16" else 0)
+    return resident + code + step.peak + HOLES * step.passing
 
 
 def largest_pack(

@@ -6,7 +6,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from persona.config import Config
@@ -24,6 +23,7 @@ from persona.train.estimate.fit import (
     TIGHT,
     Room,
     largest_pack,
+    resident_bytes,
     room_here,
     with_losses,
 )
@@ -72,7 +72,7 @@ def forecast_here(
     config: Config, base: Path, train: Sequence[Conversation], device: torch.device, precision: str, optimizer: str
 ) -> Callable[[], "Forecast"]:
     """A function that gives the forecast for `device` as it is now, and the same one whenever it is called."""
-    resident = float(psutil.Process().memory_info().rss)
+    resident = resident_bytes()
     room = room_here(device, resident)
 
     @cache
