@@ -5,9 +5,9 @@ A mask over the whole tree is exact too, but nearly all of it is zeros. On a GPU
 branches: a block attends only to the ancestors of its branches, whose keys are taken once for all of them, and to
 itself. It consists of matrix products and softmax alone, so the same code runs on every device; the weights are never
 kept but computed again in the backward pass, as in FlashAttention (arXiv 2205.14135). Blocks carry windows, soft caps,
-sinks, and values of another size than the keys. No weights are dropped at random, whatever the configuration says: a
-token's attention is computed once for all examples that share it. Anything else that a model asks of its attention is
-refused.
+sinks, and values of another size than the keys. No weights of a tree are dropped at random, whatever the configuration
+says: a token's attention is computed once for all examples that share it. Anything else that a model asks of its
+attention is refused.
 """
 
 from collections.abc import Sequence
@@ -280,15 +280,15 @@ def _attend(
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `module` over a tree in `form`, or the one for its device if None; without a tree, in rows."""
-    rest.pop("dropout", None)
+    dropout = rest.pop("dropout", 0.0)
     softmax = Softmax(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if tree is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
             raise NotCarried("its layers do not hand the prefix tree on to their attention")
         if softcap is not None or s_aux is not None:  # the mask has the window
-            _refuse(module, rest)
+            _refuse(module, rest | {"dropout": dropout or None})
             return plain_attention(query, key, value, attention_mask, softmax).transpose(1, 2), None
-        return _in_rows(module, query, key, value, attention_mask, scaling=scaling, **rest)
+        return _in_rows(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **rest)
     _refuse(module, rest | {"trained sinks": s_aux is not None and s_aux.requires_grad})
     window = sliding_window if sliding_window is not None and sliding_window < tree.longest else None
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))

@@ -1,7 +1,7 @@
 """Layers that carry a state from token to token, over a prefix tree: a branch goes on from the state of its beginning.
 
-Gated DeltaNet (arXiv 2412.06464; Qwen3-Next and Qwen3.5) and short convolutions (LFM2) call two functions of their
-module in transformers with all that the model was handed, so with the tree too. Both are replaced there by functions
+Gated DeltaNet (arXiv 2412.06464; Qwen3-Next and Qwen3.5) calls two functions of its module in transformers, a short
+convolution (LFM2) one, with all that the model was handed, so with the tree too. They are replaced there by functions
 that compute trees, and rows as before. The delta rule is computed in chunks, as transformers does (arXiv 2406.06484):
 what happens inside a chunk depends on no state, and is computed for all chunks of the tree at once; then the states go
 down the tree, those of all chunks of one level at a time.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
 from persona.engine.packing import Tree, to_device
 
@@ -34,8 +35,8 @@ def carry_over_trees(kind: str) -> None:
     """Let the layers of models of the type `kind`, of CARRYING, compute prefix trees too."""
     module: Any = importlib.import_module(f"transformers.models.{CARRYING[kind]}.modeling_{CARRYING[kind]}")
     for name, over_tree in (("causal_conv1d_fn", _convolution), ("torch_chunk_gated_delta_rule", _delta_rule)):
-        if (over_rows := getattr(module, name, None)) is not None:
-            setattr(module, name, _either(over_rows, over_tree))
+        if name == "causal_conv1d_fn" or kind != "lfm2":
+            setattr(module, name, _either(getattr(module, name), over_tree))
 
 
 def _either(over_rows: Callable[..., Any], over_tree: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +60,7 @@ def _convolution(
     rows, kept = tree.once(_with_context, weight.shape[1] - 1)
     wide = F.pad(x.to(weight.dtype), (0, 1)).index_select(2, rows)
     out = F.conv1d(wide, weight[:, None], bias, groups=len(weight)).index_select(2, kept)
-    return (out if activation is None else getattr(F, activation)(out)).to(x.dtype)
+    return (out if activation is None else ACT2FN[activation](out)).to(x.dtype)
 
 
 def _delta_rule(

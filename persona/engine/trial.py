@@ -46,7 +46,7 @@ def why_not(config: Any, longest: int) -> str | None:
     layers = getattr(config, "layer_types", None) or ()
     known = {"full_attention", "sliding_attention"} | (CARRIED if kind in CARRYING else set())
     if other := sorted(set(layers) - known):
-        return f"it has layers of {', '.join(other)}, which carry one reply into the next"
+        return f"it has layers of {', '.join(other)}, which attention over prefix trees does not know"
     if kind in STATE:
         return "it carries a state from token to token"
     if kind in LEARNED:
@@ -103,9 +103,18 @@ def prepare_layout(model: Any, examples: Sequence[Example], longest: int, accele
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)
     if fault is None:
+        if reason is None:
+            drop_no_attention(model)
         return reason
     keep_rows(model)
     return f"in a trial before the first update {fault}"
+
+
+def drop_no_attention(model: Any) -> None:
+    """Let rows of `model` drop no attention weights either: a tree does not, and an example may come alone."""
+    for module in model.modules():
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
 
 
 def _attentions(model: Any, share: bool, accelerator: Any) -> Sequence[str]:

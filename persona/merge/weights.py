@@ -226,7 +226,8 @@ def _write_tensor(tensor: Output, path: Path, place: int) -> WeightsReport:
                 merged = change.apply(merged, tensor.first_row + start)
             rounded = stored if report.untouched else merged.to(tensor.dtype)
             low, high = map(float, merged.aminmax())
-            open_bound = stored.numel() == 1 and bool(stored.isinf())  # Gemma 4's towers clip, some at infinity
+            # Gemma 4's towers clip, some at infinity
+            open_bound = report.untouched and tensor.name.endswith(("_min", "_max")) and stored.numel() == 1
             if not -limit <= low <= high <= limit and not open_bound:  # also for NaN
                 if not torch.isfinite(stored).all():
                     report.broken = tensor.name

@@ -4,6 +4,7 @@ Models that read pictures or sound are wrappers: a decoder of text, and towers w
 trained on text alone, so nothing outside the decoder is ever changed.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,7 +153,7 @@ def computable(model: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
-        if is_out_of_memory(error) or "same device" in str(error):  # the latter is a bug of ours
+        if is_out_of_memory(error) or re.search("same device|CUDA error", str(error)):  # ours, or the driver's
             raise
         raise UsageError(
             f"transformers cannot compute this {model.config.model_type} model: {excerpt(str(error), 200)}. Its "

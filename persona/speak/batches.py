@@ -214,7 +214,7 @@ def _reply(work: _Work, rows: list[_Row]) -> None:
             rows, kept = [rows[place] for place in going], torch.tensor(going, dtype=torch.long, device=device)
             mask = mask[kept]
             if rows and cache is not None:
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
         ids = torch.tensor([[row.reply[-1]] for row in rows], device=device)
         positions = torch.tensor([[len(row.prompt) + len(row.reply) - 1] for row in rows], device=device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from persona.config import Config, dump_config
 from persona.console import GREEN, GREY, duration, excerpt, painted, safe, table
-from persona.engine.attention import NAMES, form_of_model
+from persona.engine.attention import form_of_model
 from persona.engine.memory import Full, attempt
 from persona.engine.packing import inputs
 from persona.engine.trial import keep_rows, prepare_layout
@@ -308,12 +308,12 @@ def _plan(material: Material, trainer: Trainer, precision: str, unshared: str | 
         notes.append(
             f"the experts, {experts:,} weights, stay as they are; the adapter is on {', '.join(linear_names(base))}"
         )
-    kind: Any = base.config
-    dropped = getattr(kind.get_text_config(), "attention_dropout", 0)
-    if dropped and kind._attn_implementation in NAMES:
+    text: Any = base.config
+    dropped = getattr(text.get_text_config(), "attention_dropout", 0)
+    if dropped and unshared is None:
         notes.append(
             f"no attention weights are dropped, though the model's attention_dropout is {dropped:g}: a shared "
-            "beginning is computed once for all; lora.lora_dropout does the same against overfitting"
+            "beginning is computed once for all; lora.lora_dropout is the remedy against overfitting here"
         )
     limits = (trainer.packs, trainer.held_out_packs, trainer.samples_at_once)
     notes += [f"{limit.unit.format(limit.size)}, since the memory was full before" for limit in limits if limit.halved]

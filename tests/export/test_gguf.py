@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from making import toy_converter
 from making.tiny import FAMILIES, TEMPLATES, save_model, tokenizer
 from making.tiny import model as tiny_random_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from persona.errors import DataError, EnvironmentFault, UsageError
-from persona.export import gguf, runtime
+from persona.export import gguf, gguf_check, runtime
 from persona.export.gguf import check_output, convert_adapter, convert_model
 from persona.export.gguf_check import fields_of, open_gguf
 from persona.export.llama_cpp import ADAPTER_SCRIPT, MODEL_SCRIPT, check_checkout, check_model, run_converter
@@ -420,6 +422,22 @@ def test_the_real_converter_writes_the_model_and_the_adapter(source, embedded, t
     assert convert_adapter(adapter, folder, tmp_path / "a.gguf", source) > 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "off", "right"), [(torch.float16, 0, True), (torch.bfloat16, 0, True), (torch.float16, 1e-3, False)]
+)
+def test_the_norms_of_gemma_plus_one_are_compared_as_the_converter_adds(tmp_path, dtype, off, right):
+    """It adds in float16, and in float32 to what was bfloat16."""
+    weight = torch.linspace(-0.9, 9, 64).to(dtype)
+    save_file({"model.norm.weight": weight}, tmp_path / "m.safetensors")
+    stored = ((weight if dtype == torch.float16 else weight.float()) + 1).float() + off
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        parts = gguf_check._rows(
+            file, "model.norm.weight", [64], stored.numpy(), GGMLQuantizationType.F32, "plus one", {}
+        )
+        errors = [gguf_check._error(expected, found, GGMLQuantizationType.F32) for expected, found in parts]
+    assert errors == ([0.0] if right else [None])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mistral3", "gemma3", "qwen3_vl"])
 def test_the_real_converter_takes_the_text_of_a_model_that_reads_pictures(source, embedded, tmp_path, kind):
@@ -430,7 +448,11 @@ def test_the_real_converter_takes_the_text_of_a_model_that_reads_pictures(source
     own = {"bos_token_id": 1, "eos_token_id": 2}
     own |= {"rope_parameters": rope} if kind == "mistral3" else {}
     folder = tmp_path / "a model"
-    tiny_random_model(kind, 49152, **own).half().save_pretrained(folder)
+    made = tiny_random_model(kind, 49152, **own)
+    for name, weight in made.named_parameters():
+        if name.endswith("norm.weight"):  # Gemma's plus one is rounded to float16
+            torch.nn.init.uniform_(weight, -0.9, 9)
+    made.half().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(embedded / name, folder / name)
     check_model(folder, spoken, source)

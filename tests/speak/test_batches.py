@@ -55,7 +55,19 @@ def by_hand(model, prompt, limit):
     "kind",
     [
         *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "deepseek_v3"),
-        *("qwen3_moe", "gpt2", "opt", "bloom", "mamba", "llama tree", "gemma2 tree", "gpt_oss tree"),
+        *(
+            "qwen3_5_text",
+            "qwen3_next",
+            "lfm2",
+            "qwen3_moe",
+            "gpt2",
+            "opt",
+            "bloom",
+            "mamba",
+            "llama tree",
+            "gemma2 tree",
+            "gpt_oss tree",
+        ),
     ],
 )
 def test_a_batch_says_what_each_prompt_alone_would(kind, begin_alike):

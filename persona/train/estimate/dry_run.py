@@ -69,7 +69,7 @@ def dry_run(config: Config, material: Material, for_gpu: str | None) -> str:
         ("time", _time(run, time, room, _evaluations(config, run) if held_out.records else 0)),
     ]  # fmt: skip
     parts = [(name, f"{size / GIB:6.2f} GiB") for name, size in run.step.parts.items()]
-    parts += [(_losses(room), f"{run.lost / GIB:6.2f} GiB"), ("together", f"{run.need / GIB:6.2f} GiB")]
+    parts += [(_losses(room), f"{run.lost / GIB:6.2f} GiB"), ("together", f"{run.peaks['training'] / GIB:6.2f} GiB")]
     lengths = [len(one.prompt_ids) + len(one.reply_ids) for one in train.examples]
     lines = ["Dry run: nothing is trained, and nothing is written.", table(rows)]
     lines += ["\nMemory on paper, at the peak of a step with the largest pack:", table(parts)]
@@ -179,8 +179,10 @@ def _verdict(run: Forecast) -> str:
     need, room = run.need / GIB, run.room.bytes / GIB
     kept = f" (of {(run.room.bytes + WINDOWS_KEEPS) / GIB:.1f}; Windows keeps about {WINDOWS_KEEPS / GIB:.1f})"
     text = f"{run.verdict}: {need:.1f} GiB of {room:.1f} GiB{kept if run.room.named else ''}, on paper."
-    if (stage := max(run.peaks, key=run.peaks.__getitem__)) != "training":
-        text += f" The peak is that of {stage}."
+    if run.trial > run.step.peak:
+        text += " The peak is that of the trial before the first update."
+    if run.loading > run.need:
+        text += f" Loading shows up to {run.loading / GIB:.1f} GiB for a moment, with pages of the model's files."
     return text
 
 
@@ -188,7 +190,7 @@ def _advice(config: Config, run: Forecast, forecast: Callable[[Config], Forecast
     """Lines with changes that were tried on paper."""
     if run.verdict == "fits":
         return
-    for change in _changes(config, run) if run.loading <= run.room.bytes else ():
+    for change in _changes(config, run):
         words = [f"--set {name}={str(value).lower()}" for name, value in change.items()]
         other = forecast(_changed(config, change))
         if other.verdict == "fits":

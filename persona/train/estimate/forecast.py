@@ -99,7 +99,7 @@ def compared(forecast: Callable[[], "Forecast"], limit: int, measured: float) ->
         plan = forecast()
         plan.limit = limit
         on_gpu = plan.room.kind == "cuda"
-        paper = (plan.step.peak if on_gpu else plan.need) / GIB
+        paper = (plan.step.peak if on_gpu else max(plan.peaks.values())) / GIB
     except Exception as error:  # the run is done, and its adapter must not be lost to the lack of an estimate
         return {"text": f"none: {excerpt(str(error), 120)}"}
     error = paper / measured - 1
@@ -169,14 +169,12 @@ class Forecast:
 
     @property
     def need(self) -> float:
-        """Bytes on the device at the peak of the run."""
-        return max(self.peaks.values())
+        """Bytes on the device at the peak of the run; the pages of files that loading reads can be taken back."""
+        return max(self.step.peak, self.trial) + self.lost
 
     @cached_property
     def largest(self) -> int:
         """The largest pack that leaves a margin; 0 if none does."""
-        if self.loading > self.room.bytes:
-            return 0
         room = self.room.bytes * (1 - TIGHT)
         most = max(self.work.largest_update, self.work.longest)
         limit = _largest(self.train, self.paper, room, most, self.resident)
