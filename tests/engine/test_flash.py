@@ -337,13 +337,18 @@ def test_a_model_that_drops_the_tree_is_refused_and_trained_in_rows(architecture
         negative_log_likelihood(tuned, pack(plan_packs(cases()["history kept"], 10**6, True)[0], CPU, True))
 
 
-@pytest.mark.parametrize("option", ["position_bias", "sinks", "cache", "attention_chunk_size", "unheard_of", "dropout"])
+@pytest.mark.parametrize("option", ["position_bias", "sinks", "cache", "attention_chunk_size", "unheard_of"])
 def test_anything_that_attention_is_asked_for_and_does_not_carry_raises(option):
     tree, rows = Tree([((), 0, 9)], CPU), torch.zeros(1, 2, 9, 8)
     for form in (None, *FUSED):
         with pytest.raises(NotCarried, match=option):
             attention._attend(form, None, rows, rows, rows, None, tree=tree, **{option: 0.5})
-        for harmless in ({"position_ids": torch.arange(9)}, {"use_cache": False}, {"unheard_of": None}):
+        for harmless in (
+            {"position_ids": torch.arange(9)},
+            {"use_cache": False},
+            {"unheard_of": None},
+            {"dropout": 0.5},
+        ):
             attention._attend(BLOCKS, None, rows, rows, rows, None, tree=tree, **harmless)
 
 
