@@ -227,7 +227,8 @@ def _write_tensor(tensor: Output, path: Path, place: int) -> WeightsReport:
             rounded = stored if report.untouched else merged.to(tensor.dtype)
             low, high = map(float, merged.aminmax())
             # Gemma 4's towers clip, some at infinity
-            open_bound = report.untouched and tensor.name.endswith(("_min", "_max")) and stored.numel() == 1
+            is_bound = report.untouched and tensor.name.endswith(("_min", "_max")) and stored.numel() == 1
+            open_bound = is_bound and bool(stored.isinf())
             if not -limit <= low <= high <= limit and not open_bound:  # also for NaN
                 if not torch.isfinite(stored).all():
                     report.broken = tensor.name

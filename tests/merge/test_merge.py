@@ -1,6 +1,7 @@
 """Merged weights say what base and adapter say, and nothing is merged that does not belong together."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,31 @@ def test_a_broken_adapter_is_named(trained, tmp_path, harm, says):
     with pytest.raises(UsageError, match=says):
         merge(base, broken, tmp_path / "merged", torch.float16, 10**9)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "passes"),
+    [
+        ("tower.input_max", [float("inf")], True),
+        ("tower.input_min", [float("-inf")], True),
+        ("tower.input_max", [float("nan")], False),
+        ("tower.input_max", [float("inf"), 1.0], False),
+        ("tower.scale", [float("inf")], False),
+    ],
+)
+def test_only_an_open_bound_of_a_tower_may_be_infinite(trained, tmp_path, name, value, passes):
+    base, adapter = trained
+    other = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {name: torch.tensor(value)}, other / "model.safetensors", metadata={"format": "pt"})
+    # without the fingerprint of the base, as another tool leaves it
+    adapter = changed_adapter(adapter, tmp_path / "adapter", lambda folder: (folder / "persona.json").unlink())
+    if passes:
+        merge(other, adapter, tmp_path / "merged", torch.float16, 10**9)
+        assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[name], torch.tensor(value))
+    else:
+        with pytest.raises(DataError, match=f"{name} is not finite in the base itself"):
+            merge(other, adapter, tmp_path / "merged", torch.float16, 10**9)
 
 
 def test_a_generation_configuration_that_transformers_would_not_save_is_kept(trained, tmp_path):
