@@ -274,13 +274,13 @@ def _attend(
     attention_mask: torch.Tensor | None,
     tree: Tree | None = None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `module` over a tree in `form`, or the one for its device if None; without a tree, in rows."""
-    dropout = rest.pop("dropout", 0.0)
     softmax = Softmax(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if tree is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:

@@ -82,7 +82,6 @@ class Tree:
         self.size = size or (BLOCK if device.type == "cpu" else BLOCK_ON_GPU)
         self.longest = max(len(ancestors) + end - begin for ancestors, begin, end in segments)
         """Tokens of the longest example."""
-        self._within: dict[int, Sequence[Block]] = {}
         self._made: dict[Any, Any] = {}
 
     def once(self, make: Callable[..., T], *args: Any) -> T:
@@ -105,12 +104,7 @@ class Tree:
         """The blocks if a token attends only to itself and the `window` - 1 ancestors before it."""
         if window is None or window >= self.longest:
             return self.blocks
-        if window not in self._within:
-            depths = [len(ancestors) + place for ancestors, begin, end in self.segments for place in range(end - begin)]
-            reach = Reach(torch.tensor(depths), window)
-            groups = _grouped(self.segments, self.size)
-            self._within[window] = [_block(group, self.device, reach) for group in groups]
-        return self._within[window]
+        return self.once(_blocks_within, window)
 
     @cached_property
     def calls(self) -> Sequence[Call]:
@@ -309,6 +303,12 @@ def _grouped(segments: Sequence[Segment], size: int) -> list[list[Segment]]:
                 groups[-1].append((path, start, stop))
                 path = [*path, *range(start, stop)]
     return groups
+
+
+def _blocks_within(tree: Tree, window: int) -> Sequence[Block]:
+    depths = [len(ancestors) + place for ancestors, begin, end in tree.segments for place in range(end - begin)]
+    reach = Reach(torch.tensor(depths), window)
+    return [_block(group, tree.device, reach) for group in _grouped(tree.segments, tree.size)]
 
 
 def _block(group: Sequence[Segment], device: torch.device, reach: Reach | None) -> Block:

@@ -19,13 +19,9 @@ from transformers.activations import ACT2FN
 
 from persona.engine.packing import Tree, to_device
 
-# The model's type, and where transformers has its layers
-CARRYING = {
-    "lfm2": "lfm2",
-    "qwen3_5_moe_text": "qwen3_5_moe",
-    "qwen3_5_text": "qwen3_5",
-    "qwen3_next": "qwen3_next",
-}
+# Types of models, and the functions of their module in transformers that carry something from token to token
+_BOTH = ("causal_conv1d_fn", "torch_chunk_gated_delta_rule")
+CARRYING = {"lfm2": _BOTH[:1], "qwen3_5_moe_text": _BOTH, "qwen3_5_text": _BOTH, "qwen3_next": _BOTH}
 CHUNK = 64  # tokens, as in transformers and in flash-linear-attention
 EPSILON = 1e-6  # in the norm of queries and keys, as in transformers
 
@@ -33,10 +29,10 @@ EPSILON = 1e-6  # in the norm of queries and keys, as in transformers
 @cache
 def carry_over_trees(kind: str) -> None:
     """Let the layers of models of the type `kind`, of CARRYING, compute prefix trees too."""
-    module: Any = importlib.import_module(f"transformers.models.{CARRYING[kind]}.modeling_{CARRYING[kind]}")
-    for name, over_tree in (("causal_conv1d_fn", _convolution), ("torch_chunk_gated_delta_rule", _delta_rule)):
-        if name == "causal_conv1d_fn" or kind != "lfm2":
-            setattr(module, name, _either(getattr(module, name), over_tree))
+    family = kind.removesuffix("_text")
+    module: Any = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    for name, over_tree in zip(CARRYING[kind], (_convolution, _delta_rule), strict=False):
+        setattr(module, name, _either(getattr(module, name), over_tree))
 
 
 def _either(over_rows: Callable[..., Any], over_tree: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,8 +23,8 @@ from persona.model.render import Example
 SHARING = KNOWN | {
     "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4", "gemma", "gemma2",
     "gemma3_text", "gemma4_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe",
-    "helium", "hunyuan_v1_dense", "minicpm3", "ministral", "mixtral", "olmo2", "olmo3", "phi3",
-    "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2", *CARRYING,
+    "helium", "hunyuan_v1_dense", "minicpm3", "ministral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2_moe",
+    "qwen3_moe", "seed_oss", "smollm3", "starcoder2", *CARRYING,
 }  # fmt: skip
 CARRIED = frozenset({"linear_attention", "conv"})  # types of layers that carry a state, which trees can carry too
 UNTOLD = frozenset({"qwen2_moe"})  # their window is in the mask alone, and their attention does not learn of it

@@ -33,7 +33,7 @@ from persona.engine.attention import NAME
 from persona.engine.fused import fuse, unfuse
 from persona.engine.loss import negative_log_likelihood, supervised_logits
 from persona.engine.packing import inputs, pack, plan_packs
-from persona.engine.trial import SHARING, drop_no_attention, keep_rows, why_not
+from persona.engine.trial import SHARING, keep_rows, prepare_layout, why_not
 from persona.model.loading import load_base
 from persona.model.render import Example, chat_format, render
 from persona.train.loop import mean_loss
@@ -107,8 +107,8 @@ def test_no_attention_weights_are_dropped(share):
     examples = cases()["history kept"]
     tuned = with_adapter(model("llama", pad_token_id=None, attention_dropout=0.5))
     tuned.get_base_model().set_attn_implementation(NAME)
-    fuse(tuned.train())
-    drop_no_attention(tuned)
+    accelerator = SimpleNamespace(device=CPU, autocast=lambda: torch.autocast("cpu", enabled=False))
+    assert prepare_layout(tuned.train(), examples, 300, accelerator) is None
     assert_same(packed_result(tuned, examples, 100_000, share), expected("llama", "history kept"))
 
 

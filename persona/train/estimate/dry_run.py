@@ -69,7 +69,8 @@ def dry_run(config: Config, material: Material, for_gpu: str | None) -> str:
         ("time", _time(run, time, room, _evaluations(config, run) if held_out.records else 0)),
     ]  # fmt: skip
     parts = [(name, f"{size / GIB:6.2f} GiB") for name, size in run.step.parts.items()]
-    parts += [(_losses(room), f"{run.lost / GIB:6.2f} GiB"), ("together", f"{run.peaks['training'] / GIB:6.2f} GiB")]
+    together = (run.step.peak + run.lost) / GIB
+    parts += [(_losses(room), f"{run.lost / GIB:6.2f} GiB"), ("together", f"{together:6.2f} GiB")]
     lengths = [len(one.prompt_ids) + len(one.reply_ids) for one in train.examples]
     lines = ["Dry run: nothing is trained, and nothing is written.", table(rows)]
     lines += ["\nMemory on paper, at the peak of a step with the largest pack:", table(parts)]

@@ -99,7 +99,7 @@ def compared(forecast: Callable[[], "Forecast"], limit: int, measured: float) ->
         plan = forecast()
         plan.limit = limit
         on_gpu = plan.room.kind == "cuda"
-        paper = (plan.step.peak if on_gpu else max(plan.peaks.values())) / GIB
+        paper = (plan.step.peak if on_gpu else max(plan.need, plan.loading)) / GIB
     except Exception as error:  # the run is done, and its adapter must not be lost to the lack of an estimate
         return {"text": f"none: {excerpt(str(error), 120)}"}
     error = paper / measured - 1
@@ -160,12 +160,6 @@ class Forecast:
         """Bytes that are needed beside the tensors of a step."""
         needed = with_losses(self.step, self.room.kind, self.resident, self.setup.precision)
         return needed - self.step.peak
-
-    @property
-    def peaks(self) -> dict[str, float]:
-        """Bytes on the device at the peak of each stage of the run."""
-        step, trial = self.step.peak + self.lost, self.trial + self.lost
-        return {"training": step, "the trial before the first update": trial, "loading the model": self.loading}
 
     @property
     def need(self) -> float:

@@ -82,7 +82,8 @@ class OnPaper:
         self.weights = sum(weight.numel() for weight in model.parameters())
         layers = _layers(model)[1]
         self.depth = len(layers)
-        period = _period(layers)
+        types = getattr(model.config.get_text_config(), "layer_types", None) or [None] * self.depth
+        period = _period(layers, types)
         few = max(period, LAYERS_RUN)
         self.run = (few, few + period) if few + period < self.depth else (self.depth, self.depth)
         _cut(model, self.run[1])
@@ -107,7 +108,7 @@ class OnPaper:
         self.own = self.model.config._attn_implementation
         self.share = why_not(self.model.config, 1) is None
         self.path, self.layers = _layers(self.model)
-        self._a_token: float | None = None
+        self._passing_a_token: float | None = None
 
     def _attention(self) -> str:
         """The form of attention over trees on the device, as any GPU since RTX 30 has it."""
@@ -134,11 +135,11 @@ class OnPaper:
         """Bytes that come and go in a step with `examples`, whose `parts` with checkpointing are known."""
         if self.setup.device != "cpu" or not self.setup.checkpointing:
             return parts["kept activations"] + parts["workspace"]
-        if self._a_token is None:
+        if self._passing_a_token is None:
             with self._nothing_again():
                 whole = self._while(lambda device: self._loss(examples, device), True)
-            self._a_token = (whole["kept activations"] + whole["workspace"]) / tokens
-        return self._a_token * tokens
+            self._passing_a_token = (whole["kept activations"] + whole["workspace"]) / tokens
+        return self._passing_a_token * tokens
 
     @contextmanager
     def _nothing_again(self) -> Iterator[None]:
@@ -259,9 +260,10 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: sum(weight.numel() for weight in pair[1].parameters()))
 
 
-def _period(layers: nn.ModuleList) -> int:
+def _period(layers: nn.ModuleList, types: Sequence[str | None]) -> int:
     """After how many layers the same kinds of them come again, to the last one; all of them if they never do."""
-    kinds = [tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in layers]
+    shapes = [tuple((name, weight.shape) for name, weight in layer.named_parameters()) for layer in layers]
+    kinds = list(zip(types, shapes, strict=True))  # sliding and full attention have one shape in some models
     return next(n for n in range(1, len(kinds) + 1) if len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n))
 
 

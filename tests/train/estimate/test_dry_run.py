@@ -230,7 +230,7 @@ def test_a_cpu_needs_the_files_of_a_base_in_4_bits_beside_its_weights(tmp_path, 
     lasting = here.step.parts["weights in 4 bits"] + here.step.parts["other weights"]
     assert here.loading == here.resident + 2 * here.paper.weights + lasting
     here.paper.weights = int(6e11)  # so large that loading takes the most: pages of files, which can be taken back
-    assert here.need < 1e12 < here.loading == max(here.peaks.values())
+    assert here.need < 1e12 < here.loading
     assert module._verdict(here).startswith("fits: ")
     assert module._verdict(here).endswith(
         "Loading shows up to 1118.6 GiB for a moment, with pages of the model's files."

@@ -101,6 +101,7 @@ IN_TURN = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_at
     [
         ("llama", {"num_hidden_layers": 5}, (2, 3)),
         ("gemma4_unified_text", IN_TURN, (2, 4)),
+        ("gemma3_text", IN_TURN, (2, 4)),  # layers of one shape, and other attention
         ("gemma4_text", IN_TURN | {"num_kv_shared_layers": 2}, (6, 6)),  # the last two have no keys of their own
     ],
 )
@@ -110,7 +111,7 @@ def test_a_few_layers_tell_of_all(monkeypatch, kind, sizes, run, device, checkpo
     few = OnPaper(one)
     assert (few.run, few.share) == (run, True)
     short = few.step(GROUP)
-    monkeypatch.setattr("persona.train.estimate.memory._period", len)
+    monkeypatch.setattr("persona.train.estimate.memory._period", lambda layers, _: len(layers))
     whole = OnPaper(one)
     assert whole.run == (whole.depth, whole.depth)
     assert few.trial(GROUP) == pytest.approx(whole.trial(GROUP), rel=1e-9)
